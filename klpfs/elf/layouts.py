@@ -54,6 +54,9 @@ KSYMTAB_SIZE = 12
 #: rows of kpatch's .kpatch.funcs: new_addr, new_size, old_addr, old_size, sympos, name, objname.
 KPATCH_FUNC_SIZE = 56
 
+#: Section of a synthetic module that holds its normalised spec (JSON); not loaded into memory.
+SPEC_SECTION = ".klpfs.spec"
+
 VERMAGIC_FLAGS = "SMP preempt mod_unload modversions "
 DEFAULT_RELEASE = "6.12.117+deb12-amd64"
 

@@ -22,15 +22,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from klpfs.elf import layouts as C
-from klpfs.elf.writer import SPEC_SECTION
 
 #: Largest module file that is taken, bytes.
 MAX_FILE = 64 << 20
-MAX_SYMBOLS = 200_000
+MAX_SYMBOLS = 120_000
 #: Relocations of one section.
-MAX_RELOCS = 300_000
+MAX_RELOCS = 150_000
+#: Pointers of all sections that were looked at.
+MAX_POINTERS = 150_000
 #: All names of symbols or of sections together, bytes.
-MAX_NAMES = 32 << 20
+MAX_NAMES = 16 << 20
 MAX_MODINFO = 1 << 20
 #: Rows of __versions, __param, __ksymtab.
 MAX_ROWS = 100_000
@@ -154,6 +155,8 @@ class ElfModule:
         """For :meth:`parse` and :meth:`load` only."""
         self.filename = filename
         self.data = data
+        #: bytes of the module proper, without an appended signature
+        self.size = len(data)
         #: a module is signed when a signature is appended; nobody's key is known, so it is never verified
         self.signature: Signature | None = None
         #: log lines of checks that did not refuse the module
@@ -202,7 +205,8 @@ class ElfModule:
         if kind != 2:  # PKEY_ID_PKCS7; an unsupported kind counts as unsigned
             self.notices.append("module: not signed with expected PKCS#7 message")
             self.signature = Signature(size, False)
-            return  # info->len loses the marker only, the rest is trailing bytes
+            self.size = end  # what remains of the signature are trailing bytes
+            return
         if algo or digest or signer or key or pad != b"\0\0\0":
             log = "module: PKCS#7 signature info has unexpected non-zero params"
             raise self.fail("the signature's header has non-zero fields", log=log, number=errno.EBADMSG)
@@ -210,13 +214,13 @@ class ElfModule:
         if not _is_der_sequence(message):
             raise self.fail("the signature is no PKCS#7 message", number=errno.EBADMSG)
         self.signature = Signature(size, True)
-        self.data = self.data[: end - 12 - size]
+        self.size = end - 12 - size
 
     def _check_header(self) -> None:
         """elf_validity_ehdr and elf_validity_cache_sechdrs."""
-        data = self.data
-        if len(data) < C.ELF_HEADER_SIZE:
-            raise self.fail(f"{len(data)} bytes hold no ELF header", log=f"Invalid ELF header len {len(data)}")
+        data, end = self.data, self.size
+        if end < C.ELF_HEADER_SIZE:
+            raise self.fail(f"{end} bytes hold no ELF header", log=f"Invalid ELF header len {end}")
         if data[:4] != b"\x7fELF":
             raise self.fail("no ELF file", log="Invalid ELF header magic: != \x7fELF")
         kind, machine = struct.unpack_from("<HH", data, 16)
@@ -228,9 +232,9 @@ class ElfModule:
         shentsize, shnum, self.shstrndx = struct.unpack_from("<HHH", data, 58)
         if shentsize != C.SECTION_HEADER_SIZE:
             raise self.fail(f"section headers of {shentsize} bytes", log="Invalid ELF section header size")
-        if shoff >= len(data) or shnum * C.SECTION_HEADER_SIZE > len(data) - shoff:
+        if shoff >= end or shnum * C.SECTION_HEADER_SIZE > end - shoff:
             raise self.fail(
-                f"the section headers at {shoff:#x} lie beyond the end of the file ({len(data):#x})",
+                f"the section headers at {shoff:#x} lie beyond the end of the file ({end:#x})",
                 log="Invalid ELF section header overflow",
             )
         self.headers = [
@@ -244,9 +248,9 @@ class ElfModule:
                 log=f"ELF Spec violation: section 0 type({_s32(first[1])})!=SH_NULL or non-zero len or addr",
             )
         for i, (_, kind, _, _, offset, size, *_) in enumerate(self.headers[1:], 1):
-            if kind not in (C.SHT_NULL, C.SHT_NOBITS) and offset + size > len(data):
+            if kind not in (C.SHT_NULL, C.SHT_NOBITS) and offset + size > end:
                 raise self.fail(
-                    f"section {i} ({offset:#x}+{size:#x}) lies beyond the end of the file ({len(data):#x})",
+                    f"section {i} ({offset:#x}+{size:#x}) lies beyond the end of the file ({end:#x})",
                     log=f"Invalid ELF section in module (section {i} type {kind})",
                 )
 
@@ -265,11 +269,10 @@ class ElfModule:
             raise self.fail(f"section {index}, the section name table, has type {kind}", log=log)
         if size == 0:
             raise self.fail("the section name table is empty", log="empty section name table")
-        table = self.data[offset : offset + size]
-        if table[-1]:
+        if self.data[offset + size - 1]:
             log = "ELF Spec violation: section name table isn't null terminated"
             raise self.fail("the section name table does not end in NUL", log=log)
-        names = _Names(self, table, "section")
+        names = _Names(self, offset, size, "section")
         for i, (name, kind, *rest) in enumerate(self.headers):
             if name >= size and kind != C.SHT_NULL:
                 raise self.fail(
@@ -346,6 +349,14 @@ class ElfModule:
             return b""
         return self.data[section.offset : section.offset + section.size]
 
+    def table(self, section: Section, row: int, limit: int, what: str) -> memoryview:
+        """The whole rows of a section, not copied. Raises ModuleFormatError when there are more than ``limit``."""
+        rows = section.size // row if section.type != C.SHT_NOBITS else 0
+        if rows > limit:
+            raise self.fail(f"section {section.name}: {rows} {what}, more than {limit}")
+        data = memoryview(self.data)[section.offset : section.offset + rows * row]
+        return data[: len(data) // row * row]  # the end of the file bounds the types that the kernel does not check
+
     def bytes_at(self, where: Location | Reference, size: int) -> bytes:
         """``size`` bytes at a place, zeros in SHT_NOBITS; fewer where the section ends."""
         section = self.sections[where.section]
@@ -389,17 +400,14 @@ class ElfModule:
     @property
     def spec(self) -> bytes | None:
         """The normalised spec of a synthetic module, None in a real one."""
-        section = self.any_section(SPEC_SECTION)
+        section = self.any_section(C.SPEC_SECTION)
         return None if section is None else self.contents(section)
 
     @cached_property
     def symbols(self) -> list[Symbol]:
         """All symbols, the empty one at index 0 included."""
-        count = self.symtab.size // C.SYMBOL_SIZE
-        if count > MAX_SYMBOLS:
-            raise self.fail(f"{count} symbols, more than {MAX_SYMBOLS}")
-        names = _Names(self, self.contents(self.strtab), "symbol")
-        table = self.contents(self.symtab)[: count * C.SYMBOL_SIZE]
+        names = _Names(self, self.strtab.offset, self.strtab.size, "symbol")
+        table = self.table(self.symtab, C.SYMBOL_SIZE, MAX_SYMBOLS, "symbols")
         return [
             Symbol(i, names.at(name), value, size, info >> 4, info & 15, shndx)
             for i, (name, info, _, shndx, value, size) in enumerate(struct.iter_unpack("<IBBHQQ", table))
@@ -450,19 +458,14 @@ class ElfModule:
         """Relocation sections that livepatch applies (SHF_RELA_LIVEPATCH)."""
         return [s for s in self.sections[1:] if s.flags & C.SHF_RELA_LIVEPATCH]
 
-    def relocations(self, section: Section) -> list[Rela]:
+    def relocations(self, section: Section) -> Iterator[Rela]:
         """The entries of a SHT_RELA section. Raises ModuleFormatError when one names a symbol that does not exist."""
-        count = section.size // C.RELA_SIZE
-        if count > MAX_RELOCS:
-            raise self.fail(f"section {section.name}: {count} relocations, more than {MAX_RELOCS}")
-        table = self.contents(section)[: count * C.RELA_SIZE]
+        table = self.table(section, C.RELA_SIZE, MAX_RELOCS, "relocations")
         known = self.symtab.size // C.SYMBOL_SIZE
-        out = []
         for offset, info, addend in struct.iter_unpack("<QQq", table):
             if info >> 32 >= known:
                 raise self.fail(f"section {section.name}: a relocation names symbol {info >> 32} of {known}")
-            out.append(Rela(offset, info & 0xFFFFFFFF, info >> 32, addend))
-        return out
+            yield Rela(offset, info & 0xFFFFFFFF, info >> 32, addend)
 
     def pointers(self, section: Section) -> dict[int, Reference]:
         """The relocated 64-bit pointers of a section: offset -> what it points to."""
@@ -475,6 +478,8 @@ class ElfModule:
                 if rela.type == C.R_X86_64_64
             }
             self._pointers[section.number] = found
+            if sum(map(len, self._pointers.values())) > MAX_POINTERS:
+                raise self.fail(f"more than {MAX_POINTERS} relocated pointers in the data")
         return found
 
     def reference(self, rela: Rela) -> Reference:
@@ -494,12 +499,6 @@ class ElfModule:
 
     # -- tables -----------------------------------------------------------------------------------------------------
 
-    def _rows(self, section: Section, size: int) -> int:
-        rows = section.size // size
-        if rows > MAX_ROWS:
-            raise self.fail(f"section {section.name}: {rows} entries, more than {MAX_ROWS}")
-        return rows if section.type != C.SHT_NOBITS else 0
-
     @property
     def has_versions(self) -> bool:
         """Whether the module carries symbol versions, so that the release in vermagic does not count."""
@@ -511,17 +510,16 @@ class ElfModule:
         out: dict[str, int] = {}
         section = self.section("__versions")
         if section is not None:
-            rows = self._rows(section, C.MODVERSION_SIZE)
-            table = self.contents(section)[: rows * C.MODVERSION_SIZE]
+            table = self.table(section, C.MODVERSION_SIZE, MAX_ROWS, "entries")
             for crc, name in struct.iter_unpack("<Q56s", table):
                 out.setdefault(name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), crc & 0xFFFFFFFF)
         crcs, names = self.section("__version_ext_crcs"), self.section("__version_ext_names")
         if crcs is not None and names is not None:
             if names.size > MAX_NAMES:
                 raise self.fail(f"section {names.name}: {names.size} bytes, more than {MAX_NAMES}")
-            rows = self._rows(crcs, 4)
-            text = self.contents(names).split(b"\0", rows)[:rows]
-            for name, (crc,) in zip(text, struct.iter_unpack("<I", self.contents(crcs)[: 4 * rows]), strict=False):
+            rows = self.table(crcs, 4, MAX_ROWS, "entries")
+            text = self.contents(names).split(b"\0", len(rows) // 4)
+            for name, (crc,) in zip(text, struct.iter_unpack("<I", rows), strict=False):
                 out.setdefault(name.decode("utf-8", "surrogateescape"), crc)
         return out
 
@@ -541,7 +539,7 @@ class ElfModule:
             }
             table = self.section("__kcrctab" + suffix)
             crcs = self.contents(table) if table is not None else b""
-            for row in range(self._rows(section, C.KSYMTAB_SIZE)):
+            for row in range(len(self.table(section, C.KSYMTAB_SIZE, MAX_ROWS, "entries")) // C.KSYMTAB_SIZE):
                 value, name = refs.get(row * C.KSYMTAB_SIZE), refs.get(row * C.KSYMTAB_SIZE + 4)
                 text = self.string_at(name) if name is not None and name.section else None
                 if value is None or not text:
@@ -558,9 +556,9 @@ class ElfModule:
             return []
         refs = self.pointers(section)
         types = dict(value.partition(":")[::2] for key, value in self.modinfo if key == "parmtype")
-        contents = self.contents(section)
+        contents = self.table(section, C.PARAM_SIZE, MAX_ROWS, "entries")
         out = []
-        for row in range(self._rows(section, C.PARAM_SIZE)):
+        for row in range(len(contents) // C.PARAM_SIZE):
             base = row * C.PARAM_SIZE
             name = refs.get(base + C.PARAM_NAME)
             text = self.string_at(name) if name is not None and name.section else None
@@ -625,9 +623,10 @@ _PARAM_TYPES = {
 class _Names:
     """Strings of a string table, with a budget: names may overlap, and a file may hold very many of them."""
 
-    def __init__(self, module: ElfModule, table: bytes, what: str) -> None:
+    def __init__(self, module: ElfModule, start: int, size: int, what: str) -> None:
         self.module = module
-        self.table = table
+        self.start = start
+        self.end = start + size
         self.what = what
         self.seen: dict[int, str] = {}
         self.left = MAX_NAMES
@@ -636,12 +635,13 @@ class _Names:
         """The string at an offset, "" beyond the table."""
         name = self.seen.get(offset)
         if name is None:
-            end = self.table.find(b"\0", offset)
-            raw = self.table[offset : end if end >= 0 else len(self.table)]
-            self.left -= len(raw)
+            start = self.start + offset
+            end = self.module.data.find(b"\0", start, self.end)
+            end = end if end >= 0 else max(self.end, start)
+            self.left -= end - start
             if self.left < 0:
                 raise self.module.fail(f"more than {MAX_NAMES} bytes of {self.what} names")
-            name = self.seen[offset] = raw.decode("utf-8", "surrogateescape")
+            name = self.seen[offset] = self.module.data[start:end].decode("utf-8", "surrogateescape")
         return name
 
 

@@ -3,7 +3,7 @@
 The file holds what kbuild would put there: ``.modinfo``, ``.gnu.linkonce.this_module``, ``__param``, a symbol for each
 function with an ftrace call site, and for a livepatch the whole ``struct klp_patch`` with its relocations, so that what
 examines real modules examines these too. The functions' bodies only return; what they do stands in the section
-:data:`SPEC_SECTION`, as the normalised spec. Symbol versions (``__versions``) are left out: the release in vermagic
+``.klpfs.spec``, as the normalised spec. Symbol versions (``__versions``) are left out: the release in vermagic
 counts.
 
 Sources: scripts/mod/modpost.c (``add_header``, ``add_depends``, ``add_srcversion``), include/linux/moduleparam.h,
@@ -19,9 +19,6 @@ from dataclasses import dataclass, field
 
 from klpfs.elf import layouts as C
 from klpfs.spec import Function, ModuleSpec, Param, errno_value, lines
-
-#: Section that holds the normalised spec (JSON), not loaded into memory.
-SPEC_SECTION = ".klpfs.spec"
 
 _ENDBR64 = b"\xf3\x0f\x1e\xfa"
 _CALL = b"\xe8\0\0\0\0"
@@ -142,7 +139,7 @@ class _Writer:
             self.add_param(param)
         for name in spec.requires:
             self.undefined(name)
-        self.section(SPEC_SECTION).data += normalised
+        self.section(C.SPEC_SECTION).data += normalised
         return self.serialise()
 
     # -- contents ---------------------------------------------------------------------------------------------------
