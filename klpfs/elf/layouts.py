@@ -23,6 +23,8 @@ SHF_WRITE, SHF_ALLOC, SHF_EXECINSTR = 1, 2, 4
 SHF_MERGE, SHF_STRINGS, SHF_INFO_LINK = 0x10, 0x20, 0x40
 #: Section flag of relocations that livepatch applies (an OS specific bit).
 SHF_RELA_LIVEPATCH = 0x00100000
+#: Section flag of data that becomes read-only after init; the loader sets it.
+SHF_RO_AFTER_INIT = 0x00200000
 
 R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32 = 1, 2, 4
 
