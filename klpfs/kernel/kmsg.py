@@ -387,9 +387,10 @@ class Syslog:
 def _safe(text: bytes, indent: int) -> str:
     """Text for a terminal: what cannot be printed as ``\\xNN``, lines after the first indented. Source: dmesg(1)."""
     out: list[str] = []
-    for char in text.decode("utf-8", "surrogateescape"):
+    chars = text.decode("utf-8", "surrogateescape")
+    for i, char in enumerate(chars):
         if char == "\n":
-            out.append("\n" + " " * indent)
+            out.append("\n" + " " * indent if i + 1 < len(chars) else "\n")
         elif char.isprintable() or char in "\t\v\f\r" or (char >= "\x80" and char.isspace()):
             out.append(char)
         else:
@@ -402,10 +403,12 @@ def render_record(record: Record, *, style: Literal["time", "notime", "raw"] = "
 
     ``style``: with a time stamp, without, or ``raw`` as syslog(2) gives it (unsafe for terminals: nothing is
     escaped). ``decode`` puts ``facility:level:`` first, if both have names. Of a text with several lines, those after
-    the first are indented to its beginning.
+    the first are indented to its beginning; an empty text gives an empty line.
     """
     if style == "raw":
         return record_print_text(record)[:-1].decode("utf-8", "surrogateescape")
+    if not record.text:
+        return ""
     prefix = ""
     if decode and record.facility < len(FACILITIES):
         prefix = f"{FACILITIES[record.facility]:<6}:{LEVELS[record.level]:<6}: "

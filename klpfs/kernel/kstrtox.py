@@ -5,12 +5,13 @@ bytes (``str`` is encoded with ``surrogateescape``), so nothing outside ASCII is
 Errors are ``OSError``: ``EINVAL`` for text that is no number, ``ERANGE`` for a number that does not fit the type.
 
 Source: lib/kstrtox.c (_parse_integer_fixup_radix, _parse_integer_limit, _kstrtoull, kstrtoll, kstrtobool, the
-*_from_user family) and lib/vsprintf.c (simple_strtoul).
+*_from_user family), lib/vsprintf.c (simple_strtoul), kernel/sysctl.c (__do_proc_dointvec, proc_get_long).
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import Final
 
 __all__ = [
@@ -31,10 +32,14 @@ __all__ = [
     "kstrtoul",
     "kstrtoull",
     "kstrtox",
+    "proc_dointvec",
     "simple_strtoul",
 ]
 
 ULLONG_MAX: Final = (1 << 64) - 1
+INT_MAX: Final = (1 << 31) - 1
+_SPACES: Final = b" \t\n\v\f\r\xa0"  # isspace() of the kernel's ctype table
+_TMPBUFLEN: Final = 22
 _DIGITS: Final = {c: i for i, c in enumerate(b"0123456789abcdef")} | {c: i + 10 for i, c in enumerate(b"ABCDEF")}
 
 INT_TYPES: Final[dict[str, tuple[int, bool]]] = {
@@ -204,3 +209,40 @@ def simple_strtoul(data: bytes, base: int = 10) -> tuple[int, int]:
     rest, base = _fixup_radix(data, base)
     value, used = _parse_integer(rest, base)
     return value & ULLONG_MAX, len(data) - len(rest) + used
+
+
+def proc_dointvec(
+    data: bytes, values: Sequence[int], *, low: int = -INT_MAX - 1, high: int = INT_MAX
+) -> tuple[list[int], int]:
+    """What writing ``data`` to a sysctl file of integers makes of its present ``values``: (new values, bytes used).
+
+    Numbers are decimal, 0x or octal, with a minus sign but no plus, separated by white space. Fewer than there are
+    values change only the first ones; what follows the last one is not used. Raises ``OSError(EINVAL)``, also for a
+    number outside ``low`` to ``high``. Source: kernel/sysctl.c, __do_proc_dointvec, proc_get_long.
+    """
+    new = list(values)
+    if not data:
+        return new, 0
+    left = bytes(data[:4095])
+    for i in range(len(new)):
+        left = left.lstrip(_SPACES)
+        if not left:
+            if i == 0:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            break
+        piece = c_string(left[: _TMPBUFLEN - 1])
+        digits = piece[1:] if piece[:1] == b"-" and len(left) > 1 else piece
+        rest, base = _fixup_radix(digits, 0)
+        value, count = _parse_integer(rest, base)
+        used = len(piece) - len(rest) + count
+        if not digits[:1].isdigit() or value > ULLONG_MAX or used == _TMPBUFLEN - 1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        if left[used : used + 1] not in (b"", b" ", b"\t", b"\n"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        if digits is not piece:
+            value = -value
+        if not low <= value <= high:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        new[i] = value
+        left = left[used:]
+    return new, min(len(data), 4095) - len(left.lstrip(_SPACES))

@@ -151,8 +151,8 @@ class Param:
             self.num += 1
 
     def show(self) -> bytes:
-        """Content of its file, newline included."""
-        return c_string(get_param(self.desc, self.shown))
+        """Content of its file: the value and a newline, but for an empty array nothing at all."""
+        return c_string(get_param(self.desc, self.shown) + "\n") if self.shown != [] else b""
 
     @property
     def shown(self) -> ParamValue:
@@ -218,16 +218,16 @@ def set_param(desc: ParamDesc | str, text: str | None, log: Logger | None = None
 
 
 def get_param(desc: ParamDesc | str, value: ParamValue) -> str:
-    """A value as its file shows it, with the newline, cut to a page. An empty array shows nothing at all.
+    """A value as its file shows it, without the newline at its end, cut to a page.
 
     Source: param_get_*, param_array_get.
     """
     kind = desc if isinstance(desc, str) else desc.type
     if isinstance(value, list):
-        text = ",".join(_show_scalar(kind, item) for item in value) + ("\n" if value else "")
+        text = ",".join(_show_scalar(kind, item) for item in value)
     else:
-        text = _show_scalar(kind, value) + "\n"
-    return c_string(text)[: _PAGE_SIZE - 1].decode("utf-8", "surrogateescape")
+        text = _show_scalar(kind, value)
+    return c_string(text)[: _PAGE_SIZE - 2].decode("utf-8", "surrogateescape")
 
 
 def _show_scalar(kind: str, value: Scalar) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from klpfs.kernel.kstrtox import c_string
+from klpfs.kernel.kstrtox import c_string, proc_dointvec
 
 if TYPE_CHECKING:
     import trio
@@ -417,3 +417,20 @@ class Printk:
             self.minimum_console_loglevel,
             self.default_console_loglevel,
         )
+
+    def sysctl_printk_store(self, data: bytes) -> int:
+        """Write /proc/sys/kernel/printk: up to four integers. Returns the bytes consumed; ``OSError(EINVAL)``."""
+        levels = [
+            self.console_loglevel,
+            self.default_message_loglevel,
+            self.minimum_console_loglevel,
+            self.default_console_loglevel,
+        ]
+        levels, used = proc_dointvec(data, levels)
+        (
+            self.console_loglevel,
+            self.default_message_loglevel,
+            self.minimum_console_loglevel,
+            self.default_console_loglevel,
+        ) = levels
+        return used
