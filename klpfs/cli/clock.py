@@ -19,10 +19,8 @@ def duration(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|m|h|d)?", text.strip())
     seconds = float(match[1]) * _UNITS[match[2] or "s"] if match else math.nan
-    if not 0 < seconds <= 10 * 366 * 86400:
-        raise click.BadParameter(
-            f"{text!r} is not a time between 0 and 10 years, such as 90, 1.5s, 200ms, 10m, 2h or 1d"
-        )
+    if not 0 < seconds <= 7 * 86400:
+        raise click.BadParameter(f"{text!r} is not a time of at most 7 days, such as 90, 1.5s, 200ms, 10m, 2h or 1d")
     return seconds
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,15 +13,11 @@ from klpfs.cli import common
 if TYPE_CHECKING:
     from klpfs.control.protocol import LogRecord
 
-LEVELS: Final = ("emerg", "alert", "crit", "err", "warn", "notice", "info", "debug")
-FACILITIES: Final = (
-    "kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron", "authpriv", "ftp",
-    "res0", "res1", "res2", "res3", "local0", "local1", "local2", "local3", "local4", "local5", "local6", "local7",
-)  # fmt: skip
-
 
 def level_list(text: str) -> frozenset[int]:
     """The numbers of a comma-separated list of level names. Raises click.BadParameter."""
+    from klpfs.kernel.printk import LEVELS
+
     names = text.split(",")
     for name in names:
         if name not in LEVELS:
@@ -29,23 +25,20 @@ def level_list(text: str) -> frozenset[int]:
     return frozenset(map(LEVELS.index, names))
 
 
-def _colour(record: LogRecord) -> str | None:
-    """util-linux's default colours, in essence: red for errors, bold for what is worse."""
-    return "red" if record.level <= 3 else "yellow" if record.level == 4 else None
+def _colour(level: int) -> str | None:
+    return "red" if level <= 3 else "yellow" if level == 4 else None
 
 
 def render(record: LogRecord, *, time: bool, decode: bool, colour: bool) -> str:
-    """One record as text; the time stamp is seconds.microseconds since boot, as the kernel prints it."""
-    out = ""
-    if decode:
-        facility = FACILITIES[record.facility] if record.facility < len(FACILITIES) else str(record.facility)
-        out += f"{facility:<6}:{LEVELS[record.level]:<6}: "
-    if time:
-        seconds, micros = divmod(round(record.time * 1_000_000), 1_000_000)
-        stamp = f"[{seconds:5d}.{micros:06d}] "
-        out += click.style(stamp, fg="green") if colour else stamp
-    shade = _colour(record) if colour else None
-    return out + (click.style(record.text, fg=shade) if shade else record.text)
+    """One record as util-linux's dmesg prints it."""
+    from klpfs.kernel.kmsg import render_record
+    from klpfs.kernel.printk import Record
+
+    usec = round(record.time * 1_000_000)
+    raw = Record(record.seq, record.level, record.facility, usec, record.caller, 0, record.text.encode())
+    text = render_record(raw, style="time" if time else "notime", decode=decode)
+    shade = _colour(record.level) if colour else None
+    return click.style(text, fg=shade) if shade else text
 
 
 @click.command(

@@ -18,6 +18,8 @@ PROTOCOL: Final = 1
 MAX_MODULE: Final = 64 << 20
 #: Longest request line in bytes: a module in base64 and its names.
 MAX_LINE: Final = (MAX_MODULE + 2) // 3 * 4 + (256 << 10)
+#: Farthest that the clock can be moved by one request, in seconds.
+MAX_ADVANCE: Final = 7 * 86400
 #: Largest number of tasks that one request adds.
 MAX_TASKS: Final = 1_000_000
 
@@ -136,7 +138,7 @@ class TaskRemove(Request, tag="task-remove"):
 class Clock(Request, tag="clock"):
     """Read the clock, or, with ``advance`` (seconds), move it forward. Result: :class:`ClockInfo`."""
 
-    advance: Annotated[float, Meta(gt=0, le=10 * 366 * 86400)] | None = None
+    advance: Annotated[float, Meta(gt=0, le=MAX_ADVANCE)] | None = None
 
 
 class Shutdown(Request, tag="shutdown"):
@@ -304,7 +306,8 @@ class StatusInfo(msgspec.Struct):
 
 
 class TaskInfo(msgspec.Struct):
-    """A task. ``stack`` innermost first, as ``function+0xoffset``; ``patch_state`` -1, 0 or 1 as in /proc."""
+    """A task. ``stack`` innermost first, as ``function+0xoffset/0xsize [module]``; ``patch_state`` -1, 0 or 1 as in
+    /proc; ``real`` for a process of the host."""
 
     pid: int
     comm: str
@@ -314,7 +317,7 @@ class TaskInfo(msgspec.Struct):
     on_cpu: bool
     reliable: bool
     stack: list[str]
-    emulated: bool = True
+    real: bool = False
 
 
 class ProtocolError(Exception):
