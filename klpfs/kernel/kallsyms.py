@@ -1,0 +1,163 @@
+"""Symbols of the kernel and of its modules, by name and by address.
+
+Model
+    The kernel's own symbols come from a :class:`SymbolTable` (a shipped table, a kernel image or a text file), in the
+    order of kallsyms, which is what ``sympos`` counts. Modules bring theirs when they load.
+
+Source
+    kernel/kallsyms.c (``kallsyms_on_each_match_symbol``, ``kallsyms_lookup_size_offset``), kernel/module/kallsyms.c.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+__all__ = ["KSYM_NAME_LEN", "DictTable", "Kallsyms", "Resolved", "SymInfo", "Symbol", "SymbolTable"]
+
+KSYM_NAME_LEN = 512
+"""Longest symbol name, the NUL included (include/linux/kallsyms.h)."""
+
+
+@dataclass(slots=True)
+class SymInfo:
+    """A symbol of a module: *value* is its address once the module is laid out, *type* the letter that nm shows."""
+
+    name: str
+    value: int
+    size: int
+    type: str
+
+
+class Symbol(NamedTuple):
+    """A symbol of the kernel: address, size in bytes, type letter."""
+
+    addr: int
+    size: int
+    type: str
+
+
+class Resolved(NamedTuple):
+    """What an address lies in: symbol, module (None: vmlinux), offset in and size of the symbol in bytes."""
+
+    name: str
+    modname: str | None
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        """As ``%pS`` prints it."""
+        tail = f" [{self.modname}]" if self.modname else ""
+        return f"{self.name}+{self.offset:#x}/{self.size:#x}{tail}"
+
+
+class SymbolTable(Protocol):
+    """The symbols of vmlinux."""
+
+    def lookup(self, name: str) -> list[Symbol]:
+        """All symbols called *name*, in sympos order."""
+
+    def addr_to_symbol(self, addr: int) -> tuple[str, int, int] | None:
+        """``(name, offset, size)`` of the symbol that *addr* lies in."""
+
+    def exported(self, name: str) -> tuple[int, bool] | None:
+        """``(crc, gpl_only)`` of an exported symbol."""
+
+    def has_ftrace(self, addr: int) -> bool:
+        """Whether the function at *addr* has an ftrace location."""
+
+
+class DictTable:
+    """A :class:`SymbolTable` of a few names; a name may be given several times. Addresses are made up, 64 bytes
+    apart."""
+
+    BASE = 0xFFFFFFFF81000000
+
+    def __init__(self, names: Iterable[str], *, exports: Mapping[str, bool] | None = None, notrace: Iterable[str] = ()):
+        self._by_name: dict[str, list[Symbol]] = {}
+        self._addrs: list[int] = []
+        self._names: list[str] = []
+        self._exports = dict(exports or {})
+        self._notrace = set(notrace)
+        for i, name in enumerate(names):
+            addr = self.BASE + 64 * i
+            self._by_name.setdefault(name, []).append(Symbol(addr, 64, "T"))
+            self._addrs.append(addr)
+            self._names.append(name)
+
+    def lookup(self, name: str) -> list[Symbol]:
+        return list(self._by_name.get(name, ()))
+
+    def addr_to_symbol(self, addr: int) -> tuple[str, int, int] | None:
+        i = bisect_right(self._addrs, addr) - 1
+        if i < 0 or addr >= self._addrs[i] + 64:
+            return None
+        return self._names[i], addr - self._addrs[i], 64
+
+    def exported(self, name: str) -> tuple[int, bool] | None:
+        gpl = self._exports.get(name)
+        return None if gpl is None else (0, gpl)
+
+    def has_ftrace(self, addr: int) -> bool:
+        hit = self.addr_to_symbol(addr)
+        return hit is not None and hit[0] not in self._notrace
+
+
+class _ModuleSymbols:
+    def __init__(self, symbols: list[SymInfo]) -> None:
+        self.all = symbols
+        self.by_name: dict[str, list[SymInfo]] = {}
+        for sym in symbols:
+            self.by_name.setdefault(sym.name, []).append(sym)
+        functions = [s for s in symbols if s.size and s.type.lower() in "tw"]
+        functions.sort(key=lambda s: s.value)
+        self.functions = functions
+        self.addrs = [s.value for s in functions]
+
+
+class Kallsyms:
+    """Name and address look-ups over vmlinux and all loaded modules."""
+
+    def __init__(self, table: SymbolTable) -> None:
+        self.table = table
+        self._modules: dict[str, _ModuleSymbols] = {}
+
+    def add_module(self, name: str, symbols: list[SymInfo]) -> None:
+        """The symbols of a module are known from now on, in the order of its symbol table."""
+        self._modules[name] = _ModuleSymbols(symbols)
+
+    def remove_module(self, name: str) -> None:
+        """Forget the symbols of a module."""
+        self._modules.pop(name, None)
+
+    def on_each_match_symbol(self, name: str) -> list[int]:
+        """Addresses of all vmlinux symbols called *name*, in sympos order."""
+        return [s.addr for s in self.table.lookup(name)]
+
+    def module_on_each_symbol(self, modname: str, name: str) -> list[int]:
+        """Addresses of the symbols called *name* in module *modname*, in symbol table order; empty if it is not
+        loaded."""
+        symbols = self._modules.get(modname)
+        return [] if symbols is None else [s.value for s in symbols.by_name.get(name, ())]
+
+    def lookup(self, addr: int) -> Resolved | None:
+        """What *addr* lies in, or None (``kallsyms_lookup``)."""
+        for modname, symbols in self._modules.items():
+            i = bisect_right(symbols.addrs, addr) - 1
+            if i >= 0 and addr < symbols.addrs[i] + symbols.functions[i].size:
+                sym = symbols.functions[i]
+                return Resolved(sym.name, modname, addr - sym.value, sym.size)
+        hit = self.table.addr_to_symbol(addr)
+        return None if hit is None else Resolved(hit[0], None, hit[1], hit[2])
+
+    def lookup_size_offset(self, addr: int) -> tuple[int, int] | None:
+        """``(size, offset)`` of the symbol that *addr* lies in (``kallsyms_lookup_size_offset``)."""
+        hit = self.lookup(addr)
+        return None if hit is None else (hit.size, hit.offset)
+
+    def symbols_of(self, modname: str) -> list[SymInfo]:
+        """The symbols of a loaded module, in symbol table order."""
+        symbols = self._modules.get(modname)
+        return [] if symbols is None else list(symbols.all)
