@@ -245,4 +245,4 @@ def proc_dointvec(
             raise OSError(errno.EINVAL, "Invalid argument")
         new[i] = value
         left = left[used:]
-    return new, min(len(data), 4095) - len(left.lstrip(_SPACES))
+    return new, len(data) - len(left.lstrip(_SPACES))
