@@ -229,11 +229,6 @@ class Loader:
             return await engine.code(self.machine, elf)
         return MetadataCode(self.machine, elf)
 
-    async def aclose(self) -> None:
-        """End what executes modules."""
-        if self.machine.engine is not None:
-            await self.machine.engine.aclose()
-
 
 def _param(name: str, kind: str, perm: int, length: int, default: str | None) -> ParamDesc:
     desc = ParamDesc(name, kind, perm, max=length)

@@ -166,11 +166,19 @@ async def open_machine(
     for an unknown profile or a number of CPUs that makes no sense.
     """
     chosen = kernel if isinstance(kernel, Profile) else profile(kernel, release=release)
-    async with trio.open_nursery() as nursery:
-        machine = Machine(nursery, chosen, cpus=cpus, table=table if table is not None else shipped_table(chosen))
-        try:
-            yield machine
-        finally:
-            if machine.loader is not None:
-                await machine.loader.aclose()
-            nursery.cancel_scope.cancel()
+    symbols = table if table is not None else shipped_table(chosen)
+    try:
+        async with trio.open_nursery() as nursery:
+            machine = Machine(nursery, chosen, cpus=cpus, table=symbols)
+            try:
+                yield machine
+            finally:
+                if machine.engine is not None:
+                    with trio.CancelScope(shield=True):
+                        await machine.engine.aclose()
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # the nursery is ours: an error of the block is the caller's, as it was raised
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from None
+        raise

@@ -23,7 +23,7 @@ import trio
 from klpfs import spec as S
 from klpfs.elf.reader import ElfModule
 from klpfs.kernel.module import Module
-from klpfs.kernel.sched import Task
+from klpfs.kernel.sched import Task, detached
 from klpfs.kernel.workqueue import DelayedWork, Work
 from klpfs.livepatch import KlpCallbacks, KlpFunc, KlpObject, KlpPatch, KlpState
 from klpfs.loader import ElfCode
@@ -346,7 +346,7 @@ class SyntheticCode(ElfCode):
             running.work = work
             machine.workqueue.schedule_delayed_work(work, self._seconds(spec.delay))
         else:
-            machine.nursery.start_soon(self._kthread, running, name=f"kthread {spec.function}")
+            detached(machine.nursery, self._kthread, running, name=f"kthread {spec.function}")
         match spec.wait:
             case "started":
                 await running.started.wait()

@@ -17,11 +17,15 @@ from __future__ import annotations
 
 import contextvars
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-__all__ = ["FIRST_HIGH_PID", "KLP_TRANSITION_IDLE", "RESERVED_PIDS", "Sched", "Task"]
+import trio
+
+__all__ = ["FIRST_HIGH_PID", "KLP_TRANSITION_IDLE", "RESERVED_PIDS", "Sched", "Task", "detached"]
 
 KLP_TRANSITION_IDLE = -1
 """``patch_state`` outside a transition (include/linux/livepatch.h)."""
@@ -85,6 +89,14 @@ class Task:
 
     def __repr__(self) -> str:
         return f"<Task {self.comm}:{self.pid} {self.state}>"
+
+
+def detached(nursery: trio.Nursery, fn: Callable[..., Awaitable[None]], *args: Any, name: str) -> None:
+    """Start *fn* in *nursery* with nothing of the caller's context: neither ``current`` nor the references it holds.
+
+    What a kernel thread does is not done inside the system call that set it off.
+    """
+    contextvars.Context().run(partial(nursery.start_soon, fn, *args, name=name))
 
 
 class Sched:

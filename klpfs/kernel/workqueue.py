@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from klpfs.kernel.clock import Clock
-from klpfs.kernel.sched import Sched, Task
+from klpfs.kernel.sched import Sched, Task, detached
 
 __all__ = ["DelayedWork", "Work", "Workqueue"]
 
@@ -77,7 +77,7 @@ class Workqueue:
         if work.done.is_set():
             work.done = trio.Event()
         if not work.running:
-            self._nursery.start_soon(self._run, work, name=f"work {work.name}")
+            detached(self._nursery, self._run, work, name=f"work {work.name}")
         return True
 
     def schedule_delayed_work(self, work: DelayedWork, delay: float) -> bool:
@@ -88,7 +88,7 @@ class Workqueue:
         if work.done.is_set():
             work.done = trio.Event()
         work.timer = trio.CancelScope()
-        self._nursery.start_soon(self._timer, work, delay, work.timer, name=f"timer {work.name}")
+        detached(self._nursery, self._timer, work, delay, work.timer, name=f"timer {work.name}")
         return True
 
     def cancel_work(self, work: Work) -> bool:
@@ -111,7 +111,7 @@ class Workqueue:
             work.timer.cancel()
             work.timer = None
             if not work.running:
-                self._nursery.start_soon(self._run, work, name=f"work {work.name}")
+                detached(self._nursery, self._run, work, name=f"work {work.name}")
         while not work.done.is_set():
             await work.done.wait()
         return True

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import trio
 
 from klpfs.kernel.clock import HZ
-from klpfs.kernel.sched import Task
+from klpfs.kernel.sched import Task, detached
 from klpfs.livepatch.callbacks import klp_post_patch_callback, klp_post_unpatch_callback
 from klpfs.livepatch.patch import klp_find_ops, klp_unpatch_objects
 from klpfs.livepatch.types import (
@@ -287,7 +287,7 @@ def klp_start_transition(klp: Klp) -> None:
         if task.patch_state != klp.klp_target_state:
             task.patch_pending = True
             if task.on_cpu and task.in_user:
-                klp.kernel.nursery.start_soon(_tick, klp, task, name=f"tick {task.comm}")
+                detached(klp.kernel.nursery, _tick, klp, task, name=f"tick {task.comm}")
     klp.klp_signals_cnt = 0
 
 
