@@ -46,7 +46,12 @@ class LockChecker(Protocol):
 
 
 class Listener(Protocol):
-    """Who must be told of removals: a driver, whose kernel-side caches outlive a node."""
+    """Who must be told of removals: a driver, whose kernel-side caches outlive a node.
+
+    Two optional methods are called where they exist. ``entries_removed(nodes)``, a coroutine, takes all nodes of one
+    removal at once, children first, instead of one ``entry_removed`` call for each. ``entry_added(parent, name,
+    node)``, plain, is told of creations; it must not block.
+    """
 
     async def entry_removed(self, parent: KernfsNode, name: str, node: KernfsNode) -> None:
         """*node* is dead, drained and unlinked from *parent*. Return once nobody can reach it by *name* any more."""
@@ -193,7 +198,7 @@ class KernfsNode:
         self.atime_ns = self.mtime_ns = self.ctime_ns = fs.now_ns()
         self.priv = priv
         self.event = 1
-        self.pollers: set[Callable[[], None]] | None = None
+        self.pollers: dict[object, Callable[[], None]] | None = None
         self._active = 0
         self._children: dict[str, KernfsNode] | None = None
         self._made: dict[str, KernfsNode] | None = None
@@ -262,22 +267,26 @@ class KernfsNode:
         entry = self.provider.lookup(name)
         return self._make(name, entry) if entry is not None else None
 
-    def children(self) -> list[KernfsNode]:
-        """All children, static ones first; none of a dead directory. Threads as for :meth:`child`."""
+    def entries(self) -> list[tuple[str, KernfsNode]]:
+        """All children with their names, static ones first; none of a dead directory. Threads as for :meth:`child`."""
         if not self.alive:
             return []
-        nodes = [n for n in list((self._children or {}).values()) if n.alive]
+        pairs = [(name, node) for name, node in list((self._children or {}).items()) if node.alive]
         if self.provider is not None:
             static = self._children or {}
-            names = [n for n in self.provider.list() if n not in static]
+            names = [name for name in self.provider.list() if name not in static]
             if self._made is not None and len(self._made) > 2 * len(names) + 16:
-                live = set(names)
-                self._made = {n: node for n, node in self._made.items() if n in live}
+                listed = set(names)
+                self._made = {name: node for name, node in self._made.items() if name in listed}
             for name in names:
                 entry = self.provider.lookup(name)
                 if entry is not None:
-                    nodes.append(self._make(name, entry))
-        return nodes
+                    pairs.append((name, self._make(name, entry)))
+        return pairs
+
+    def children(self) -> list[KernfsNode]:
+        """The nodes of :meth:`entries`."""
+        return [node for _, node in self.entries()]
 
     def _make(self, name: str, entry: Entry) -> KernfsNode:
         if entry.node is not None:
@@ -361,10 +370,10 @@ class KernfsNode:
         self.wake_pollers()
 
     def wake_pollers(self) -> None:
-        """Make pollers look again, without an event of its own (a stream became readable)."""
+        """Make pollers look again, without an event of its own (a stream became readable). On the trio thread."""
         pollers, self.pollers = self.pollers, None
-        for poller in pollers or ():
-            poller()
+        for wake in (pollers or {}).values():
+            wake()
 
 
 def _oserror(number: int, what: str = "") -> OSError:
@@ -524,8 +533,8 @@ class Kernfs:
         """Remove *node* and everything below it (``kernfs_remove``); return once nobody can reach it any more.
 
         The whole subtree is marked dead at once: descriptors answer ENODEV, lookups ENOENT, listings are empty. Then,
-        child before parent, active references are waited for, the node is unlinked and each listener told. Removing
-        what another task is removing waits for that. Raises the lock-order checker's error, before anything is
+        child before parent, active references are waited for and the node is unlinked; at last each listener is told.
+        Removing what another task is removing waits for that. Raises the lock-order checker's error, before anything is
         changed, if the caller holds a lock that a file of the subtree also takes in its store, and
         :class:`SelfRemovalError` if it holds an active reference inside the subtree.
         """
@@ -539,28 +548,40 @@ class Kernfs:
                 self.lockdep.release(pos.lock_class)
             if pos in held:
                 raise SelfRemovalError(f"removal of {pos.path()!r} from inside an operation on it would never end")
-        mine = []
+        done = trio.Event()
+        mine: list[KernfsNode] = []
+        others: list[trio.Event] = []
         with self._lock:
             for pos in nodes:
                 if pos.alive:
                     pos.alive = False
-                    pos._removed = trio.Event()
+                    pos._removed = done
                     mine.append(pos)
+                elif pos._removed is not None:
+                    others.append(pos._removed)
         # A removal that has begun must end, whatever happens to the task that asked for it.
         with trio.CancelScope(shield=True):
-            for pos in mine:
-                try:
+            try:
+                for event in others:
+                    await event.wait()
+                for pos in mine:
                     await self._drain(pos)
                     pos.wake_pollers()
                     self._unlink(pos)
-                    for listener in list(self.listeners):
-                        assert pos.parent is not None
-                        await listener.entry_removed(pos.parent, pos.name, pos)
-                finally:
-                    assert pos._removed is not None
-                    pos._removed.set()
-        if node not in mine and node._removed is not None:
-            await node._removed.wait()
+                if mine:
+                    await self._tell(mine)
+            finally:
+                done.set()
+
+    async def _tell(self, nodes: list[KernfsNode]) -> None:
+        for listener in list(self.listeners):
+            batch = getattr(listener, "entries_removed", None)
+            if batch is not None:
+                await batch(nodes)
+                continue
+            for pos in nodes:
+                assert pos.parent is not None
+                await listener.entry_removed(pos.parent, pos.name, pos)
 
     async def _drain(self, node: KernfsNode) -> None:
         """Wait until no active reference is left (``kernfs_drain``)."""

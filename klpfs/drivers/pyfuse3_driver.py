@@ -1,0 +1,520 @@
+"""The default driver: pyfuse3 (libfuse3) on the trio loop.
+
+Caching
+    Every entry and attribute of a static node is cached by the kernel for ever, so that stat never reaches the server.
+    What a provider names (``KernfsNode.made``) is looked up each time. Names that do not exist are never cached.
+    Every open is ``direct_io``: no page cache, no read-ahead, reads come with the caller's size and offset. flush is
+    answered ENOSYS, which the kernel remembers; open never is (under concurrent readers that returned stale and
+    padded data).
+
+Removal
+    The driver listens to :class:`~klpfs.kernfs.Kernfs`. When a subtree is dead, drained and unlinked, each of its
+    entries that the kernel knows is invalidated, children first, from a worker thread while the loop goes on serving,
+    without ``deleted=``. (A synchronous invalidation from the loop's own thread hangs for good when another request
+    holds the directory; with ``deleted=`` inotify would report what sysfs never reports.) A look-up whose answer is
+    under way holds the directory in the kernel, so the invalidation comes after it and nothing stale remains. An
+    addition or removal also drops the parent's cached attributes (link count, times), which cannot block.
+
+Not visible here
+    pyfuse3 passes on neither lseek (a stream sees the next offset only: see :class:`klpfs.kernfs.StreamOps`), nor
+    FUSE_INTERRUPT (see :class:`klpfs.drivers.common.Interrupts`), nor descriptor flags changed after open.
+
+Threads
+    Handlers run on the trio thread; a plain ``show`` is answered without a checkpoint. Only invalidations use a thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from klpfs.drivers.common import (
+    FOREVER,
+    Interrupts,
+    MountError,
+    Options,
+    check_mountpoint,
+    clear_dead_mount,
+    errno_of,
+    fuse_fds,
+    passed_fd,
+)
+from klpfs.kernfs.files import Caller
+from klpfs.kernfs.tree import KernfsNode
+from klpfs.kernfs.vfs import ROOT_INO, SetAttr, Vfs
+
+__all__ = ["serve"]
+
+log = logging.getLogger("klpfs.drivers.pyfuse3")
+
+MIN_TASKS, MAX_TASKS = 8, 100_000
+"""Idle handler tasks kept, and handlers at work at once: a blocked reader or writer occupies one, so no real limit."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _guard(
+    fn: Callable[Concatenate[_Operations, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[_Operations, P], Coroutine[Any, Any, T]]:
+    """Turn OSError into the library's error, and anything unexpected, which would end the mount, into EIO and a log."""
+
+    @functools.wraps(fn)
+    async def handler(self: _Operations, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await fn(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except OSError as exc:
+            raise FUSEError(errno_of(exc)) from None
+        except Exception:
+            log.exception("%s%r failed", fn.__name__, args)
+            raise FUSEError(errno.EIO) from None
+
+    return cast(Callable[Concatenate[_Operations, P], Coroutine[Any, Any, T]], handler)
+
+
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.pid, ctx.uid, ctx.gid)
+
+
+class _Known:
+    """A node that the kernel holds, and how many look-ups it has not forgotten yet."""
+
+    __slots__ = ("lookups", "node")
+
+    def __init__(self, node: KernfsNode) -> None:
+        self.node = node
+        self.lookups = 0
+
+
+class _Operations(pyfuse3.Operations):
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, vfs: Vfs, options: Options) -> None:
+        super().__init__()
+        self.vfs = vfs
+        self.known: dict[int, _Known] = {ROOT_INO: _Known(vfs.root)}
+        self.interrupts: Interrupts | None = None
+        self.closing = False
+        self.invalidating = 0
+        self.quiet = trio.Condition()
+        # one thread, one invalidation at a time: they contend for the same directories anyway
+        self.limiter = trio.CapacityLimiter(4)
+
+    # -- removal and addition ------------------------------------------------------------------------------------------
+
+    async def entry_removed(self, parent: KernfsNode, name: str, node: KernfsNode) -> None:
+        await self.entries_removed([node])
+
+    async def entries_removed(self, nodes: Sequence[KernfsNode]) -> None:
+        """Take every name of *nodes* that the kernel knows back from it; return when that is done."""
+        if self.closing:
+            return
+        entries: list[tuple[int, bytes]] = []
+        parents: dict[int, None] = {}
+        for node in nodes:
+            parent = node.parent
+            if parent is None:
+                continue
+            ino = self.vfs.ino(parent)
+            if ino not in self.known:
+                continue
+            if parent.alive:
+                parents[ino] = None
+            if self.vfs.ino(node) in self.known:
+                entries.append((ino, os.fsencode(node.name)))
+        if not entries and not parents:
+            return
+        self.invalidating += 1
+        try:
+            await trio.to_thread.run_sync(_invalidate, entries, list(parents), limiter=self.limiter)
+        finally:
+            self.invalidating -= 1
+            async with self.quiet:
+                self.quiet.notify_all()
+
+    def entry_added(self, parent: KernfsNode, name: str, node: KernfsNode) -> None:
+        """The parent's link count and times have changed."""
+        ino = self.vfs.ino(parent)
+        if ino in self.known and not self.closing:
+            _invalidate((), (ino,))
+
+    async def wait_quiet(self) -> None:
+        """Return once no invalidation is under way."""
+        async with self.quiet:
+            while self.invalidating:
+                await self.quiet.wait()
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------
+
+    def node(self, ino: int) -> KernfsNode:
+        known = self.known.get(ino)
+        if known is None:
+            raise FUSEError(errno.ESTALE)
+        return known.node
+
+    def attributes(self, node: KernfsNode, parent: KernfsNode | None = None) -> EntryAttributes:
+        attr = EntryAttributes()
+        attr.st_ino = self.vfs.ino(node)
+        attr.st_mode = node.st_mode
+        attr.st_nlink = node.nlink
+        attr.st_uid = node.uid
+        attr.st_gid = node.gid
+        attr.st_size = node.size
+        attr.st_blksize = 4096
+        attr.st_blocks = 0
+        attr.st_atime_ns = node.atime_ns
+        attr.st_mtime_ns = node.mtime_ns
+        attr.st_ctime_ns = node.ctime_ns
+        static = not node.made and (parent is None or parent.get(node.name) is node)
+        # A provider's node is looked up on each walk, which brings its attributes; a second covers the stat that
+        # follows.
+        attr.entry_timeout = FOREVER if static else 0
+        attr.attr_timeout = FOREVER if static else 1
+        return attr
+
+    def remember(self, node: KernfsNode) -> None:
+        ino = self.vfs.ino(node)
+        known = self.known.get(ino)
+        if known is None:
+            known = self.known[ino] = _Known(node)
+        known.lookups += 1
+
+    @_guard
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        parent = self.node(parent_inode)
+        if name == b".":
+            node = parent
+        elif name == b"..":
+            node = parent.parent if parent.parent is not None and parent is not self.vfs.root else parent
+        else:
+            node = self.vfs.lookup(parent, os.fsdecode(name), _caller(ctx))
+        attr = self.attributes(node, parent)
+        self.remember(node)
+        return attr
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        for ino, count in inode_list:
+            known = self.known.get(ino)
+            if known is None or ino == ROOT_INO:
+                continue
+            known.lookups -= count
+            if known.lookups <= 0:
+                del self.known[ino]
+
+    @_guard
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self.attributes(self.node(inode))
+
+    @_guard
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        node = self.node(inode)
+        change = SetAttr(
+            mode=attr.st_mode & 0o7777 if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+        )
+        self.vfs.setattr(node, change, _caller(ctx))
+        return self.attributes(node)
+
+    @_guard
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: RequestContext) -> pyfuse3.FileNameT:
+        return os.fsencode(self.vfs.readlink(self.node(inode), _caller(ctx)))
+
+    @_guard
+    async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: RequestContext) -> bool:
+        self.vfs.access(self.node(inode), mode, _caller(ctx))
+        return True
+
+    @_guard
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        data, stats = StatvfsData(), self.vfs.statfs()
+        data.f_bsize, data.f_frsize, data.f_namemax = stats.f_bsize, stats.f_frsize, stats.f_namemax
+        data.f_blocks, data.f_bfree, data.f_bavail = stats.f_blocks, stats.f_bfree, stats.f_bavail
+        data.f_files, data.f_ffree, data.f_favail = stats.f_files, stats.f_ffree, stats.f_favail
+        return data
+
+    # -- extended attributes -------------------------------------------------------------------------------------------
+
+    @_guard
+    async def getxattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: RequestContext) -> bytes:
+        self.vfs.getxattr(self.node(inode), os.fsdecode(name))
+
+    @_guard
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: RequestContext) -> Sequence[pyfuse3.XAttrNameT]:
+        names = self.vfs.listxattr(self.node(inode))
+        return [os.fsencode(name) for name in names]
+
+    @_guard
+    async def setxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: RequestContext
+    ) -> None:
+        self.vfs.setxattr(self.node(inode), os.fsdecode(name), value)
+
+    @_guard
+    async def removexattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: RequestContext) -> None:
+        self.vfs.removexattr(self.node(inode), os.fsdecode(name))
+
+    # -- refused -------------------------------------------------------------------------------------------------------
+
+    @_guard
+    async def mknod(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        rdev: int,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+
+    @_guard
+    async def mkdir(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, mode: pyfuse3.ModeT, ctx: RequestContext
+    ) -> EntryAttributes:
+        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+
+    @_guard
+    async def unlink(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: RequestContext) -> None:
+        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+
+    @_guard
+    async def rmdir(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: RequestContext) -> None:
+        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+
+    @_guard
+    async def symlink(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        target: pyfuse3.FileNameT,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+
+    @_guard
+    async def rename(
+        self,
+        parent_inode_old: pyfuse3.InodeT,
+        name_old: pyfuse3.FileNameT,
+        parent_inode_new: pyfuse3.InodeT,
+        name_new: pyfuse3.FileNameT,
+        flags: pyfuse3.FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        self.vfs.refuse(self.node(parent_inode_old), _caller(ctx))
+
+    @_guard
+    async def link(
+        self,
+        inode: pyfuse3.InodeT,
+        new_parent_inode: pyfuse3.InodeT,
+        new_name: pyfuse3.FileNameT,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        self.vfs.refuse(self.node(new_parent_inode), _caller(ctx))
+
+    @_guard
+    async def create(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        flags: pyfuse3.FlagT,
+        ctx: RequestContext,
+    ) -> tuple[FileInfo, EntryAttributes]:
+        self.vfs.create(self.node(parent_inode), os.fsdecode(name), _caller(ctx))
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    @_guard
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: RequestContext) -> FileInfo:
+        fh = self.vfs.open(self.node(inode), flags, _caller(ctx))
+        return FileInfo(fh=fh, direct_io=True, keep_cache=False)
+
+    @_guard
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        data = self.vfs.read_now(fh, size, off)
+        if data is not None:
+            return data
+        file = self.vfs.file(fh)
+        if file.ops.is_stream and self.interrupts is not None:
+            return await self.interrupts.guard(file.caller.pid, self.vfs.read, fh, size, off)
+        return await self.vfs.read(fh, size, off)
+
+    @_guard
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        return await self.vfs.write(fh, buf, off)
+
+    @_guard
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        raise FUSEError(errno.ENOSYS)
+
+    @_guard
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        self.vfs.fsync(fh)
+
+    @_guard
+    async def poll(
+        self,
+        inode: pyfuse3.InodeT,
+        fh: pyfuse3.FileHandleT,
+        poll_handle: pyfuse3.PollHandle | None,
+        ctx: RequestContext,
+    ) -> int:
+        return self.vfs.poll(fh, functools.partial(_wake, poll_handle) if poll_handle is not None else None)
+
+    @_guard
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        self.vfs.release(fh)
+
+    # -- directories ---------------------------------------------------------------------------------------------------
+
+    @_guard
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: RequestContext) -> pyfuse3.FileHandleT:
+        return self.vfs.opendir(self.node(inode), _caller(ctx))
+
+    @_guard
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        parent = self.vfs.dir_node(fh)
+        for name, node, position in self.vfs.readdir(fh, start_id):
+            attr = self.attributes(node, parent)
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), attr, position):
+                break
+            if position > 2:  # "." and ".." do not count as look-ups
+                self.remember(node)
+
+    @_guard
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        self.vfs.releasedir(fh)
+
+    @_guard
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        return None
+
+
+def _wake(handle: pyfuse3.PollHandle) -> None:
+    try:
+        handle.notify()
+    except OSError as exc:
+        log.debug("poll notification: %s", exc)
+
+
+def _invalidate(entries: Sequence[tuple[int, bytes]], parents: Sequence[int]) -> None:
+    """Make the kernel forget *entries* (parent, name), in their order, and the attributes of *parents*."""
+    for ino, name in entries:
+        try:
+            pyfuse3.invalidate_entry(ino, name)
+        except FileNotFoundError:
+            pass  # the kernel has dropped it by itself
+        except OSError as exc:
+            log.debug("invalidate_entry(%d, %r): %s", ino, name, exc)
+    for ino in parents:
+        try:
+            pyfuse3.invalidate_inode(ino, attr_only=True)
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            log.debug("invalidate_inode(%d): %s", ino, exc)
+
+
+_serving = False
+
+
+async def serve(
+    vfs: Vfs,
+    mountpoint: str,
+    *,
+    options: Options | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Mount *vfs* at *mountpoint* and serve it: see :class:`klpfs.drivers.Serve`."""
+    global _serving
+    options = options or Options()
+    if _serving:
+        raise MountError(errno.EBUSY, "pyfuse3 serves one mount per process")
+    check_mountpoint(mountpoint)
+    fd = passed_fd(mountpoint)
+    operations = _Operations(vfs, options)
+    before = fuse_fds()
+    _serving = True
+    try:
+        try:
+            pyfuse3.init(operations, mountpoint, set(options.flags()) if fd is None else set())
+        except RuntimeError as exc:
+            raise MountError(errno.EIO, f"{mountpoint}: {exc}") from None
+        try:
+            if fd is None:
+                fd = next(iter(fuse_fds() - before), None)
+            await _run(operations, fd, options, task_status)
+        finally:
+            pyfuse3.close(unmount=True)
+            if passed_fd(mountpoint) is None:
+                # libfuse leaves a mount whose connection was aborted
+                try:
+                    clear_dead_mount(mountpoint)
+                except OSError as exc:
+                    log.warning("%s", exc)
+    finally:
+        _serving = False
+
+
+async def _run(operations: _Operations, fd: int | None, options: Options, task_status: trio.TaskStatus[None]) -> None:
+    interrupts = operations.interrupts = Interrupts(options.proc, fd)
+    listeners = operations.vfs.kernfs.listeners
+    ended = trio.Event()
+    serving = trio.CancelScope(shield=True)
+
+    async def loop() -> None:
+        try:
+            with serving:
+                await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+        finally:
+            ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop)
+        nursery.start_soon(interrupts.run)
+        listeners.append(operations)
+        try:
+            task_status.started()
+            await ended.wait()
+        finally:
+            listeners.remove(operations)
+            operations.closing = True
+            # An invalidation under way needs the loop; it ends, or the connection does.
+            with trio.CancelScope(shield=True):
+                async with trio.open_nursery() as waiting:
+
+                    async def until(wait: Callable[[], Awaitable[None]]) -> None:
+                        await wait()
+                        waiting.cancel_scope.cancel()
+
+                    waiting.start_soon(until, operations.wait_quiet)
+                    waiting.start_soon(until, ended.wait)
+            serving.cancel()
+            nursery.cancel_scope.cancel()
