@@ -17,7 +17,7 @@ from klpfs.control.protocol import ProtocolError
 from klpfs.control.server import Emit
 from klpfs.kernel.sched import Task
 from klpfs.livepatch import KLP_TRANSITION_PATCHED
-from klpfs.livepatch.transition import _StackCheck as StackCheck
+from klpfs.livepatch.transition import StackCheck
 
 if TYPE_CHECKING:
     from klpfs.kernel.printk import Record

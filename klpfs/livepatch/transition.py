@@ -35,6 +35,7 @@ from klpfs.livepatch.types import (
 
 __all__ = [
     "SIGNALS_TIMEOUT",
+    "StackCheck",
     "klp_cancel_transition",
     "klp_force_transition",
     "klp_init_transition",
@@ -151,7 +152,7 @@ def _forbidden_range(klp: Klp, func: KlpFunc) -> tuple[int, int]:
     return below.new_func, below.new_size
 
 
-class _StackCheck:
+class StackCheck:
     """The ranges that one pass over the tasks looks for, ready for binary search.
 
     The kernel walks all functions for each task; sorting once gives the same answer for 100,000 tasks in a pass.
@@ -184,7 +185,7 @@ class _StackCheck:
         return None if best is None else best[1]
 
 
-def _klp_check_and_switch_task(klp: Klp, task: Task, check: _StackCheck) -> tuple[int, str]:
+def _klp_check_and_switch_task(klp: Klp, task: Task, check: StackCheck) -> tuple[int, str]:
     """``(0, "")`` if *task* could be switched, else an errno and, for EADDRINUSE, the function it sleeps in."""
     if task.on_cpu and task is not klp.kernel.sched.current:
         return errno.EBUSY, ""
@@ -202,7 +203,7 @@ def _klp_check_and_switch_task(klp: Klp, task: Task, check: _StackCheck) -> tupl
     return 0, ""
 
 
-def _klp_try_switch_task(klp: Klp, task: Task, check: _StackCheck) -> bool:
+def _klp_try_switch_task(klp: Klp, task: Task, check: StackCheck) -> bool:
     if task.patch_state == klp.klp_target_state:
         return True
     ret, old_name = _klp_check_and_switch_task(klp, task, check)
@@ -243,7 +244,7 @@ async def klp_try_complete_transition(klp: Klp) -> None:
     )
     complete = True
     target = klp.klp_target_state
-    check = _StackCheck(klp)
+    check = StackCheck(klp)
     for task in klp.kernel.sched.for_each_process_thread():
         if task.patch_state != target and not _klp_try_switch_task(klp, task, check):
             complete = False
