@@ -125,7 +125,7 @@ def record_print_text(
 ) -> bytes:
     """A record as syslog(2) gives it: each line with its prefix, and a newline at the end.
 
-    Lines that do not fit ``size`` are dropped, one that fits in part is cut.
+    Only whole lines are given: the first that does not fit ``size`` and those after it are dropped.
     """
     prefix = _print_prefix(record, syslog, time, print_caller)
     text = record.text[:size]
