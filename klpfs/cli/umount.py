@@ -56,22 +56,22 @@ def command(directory: str, lazy: bool) -> None:
     A mount whose daemon died ("transport endpoint is not connected") is recognised and cleared. umount(8) and
     fusermount3(1) may be used just as well: the daemon ends with its mount.
     """
-    from klpfs.control import mounts
-    from klpfs.control.runtime import all_entries, remove_entry
+    from klpfs.control.runtime import all_entries, normalize, remove_entry
+    from klpfs.drivers.common import mount_state, unmount
 
-    path = mounts.resolve(directory)
-    mount = mounts.mount_at(path)
-    if mount is None:
+    path = normalize(directory)
+    state = mount_state(path)
+    if state == "none":
         raise common.CliError(f"{directory}: nothing is mounted there", common.EXIT_MOUNT)
-    if not mount.is_klpfs:
-        raise common.CliError(f"{directory}: not a klpfs mount (type {mount.fstype})", common.EXIT_MOUNT)
+    if state == "other":
+        raise common.CliError(f"{directory}: not a klpfs mount", common.EXIT_MOUNT)
     entry = next((e for e in reversed(all_entries()) if e.mountpoint == path), None)
-    dead = mounts.is_dead(path)
+    dead = state == "dead"
     try:
-        mounts.unmount(path, lazy=lazy or dead)
+        unmount(path, lazy=lazy or dead)
     except OSError as err:
         hint = f" (who uses it: fuser -vm {directory}; or: klpfs umount --lazy)" if err.errno == errno.EBUSY else ""
-        raise common.CliError(f"{directory}: {err.strerror}{hint}", common.EXIT_MOUNT) from None
+        raise common.CliError(f"{err.strerror}{hint}", common.EXIT_MOUNT) from None
     if dead:
         tail = f"; its log is {entry.log}" if entry and entry.log and os.path.exists(entry.log) else ""
         if entry is not None:

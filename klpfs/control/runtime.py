@@ -175,24 +175,17 @@ def running() -> list[Entry]:
     return [entry for entry in all_entries() if alive(entry)]
 
 
-def _norm(path: str) -> str:
-    """An absolute path without symlinks. Only the parents are resolved: the last part may be a dead mount, on which
-    every look fails."""
-    full = os.path.abspath(path)
-    return os.path.join(os.path.realpath(os.path.dirname(full)), os.path.basename(full)) if full != "/" else full
+def normalize(path: str) -> str:
+    """``path`` absolute and free of symlinks, as the mount table has it. It may be a dead mount, on which every look
+    fails: realpath(3) as Python does it takes what it cannot look at as it is."""
+    return os.path.realpath(path)
 
 
 def by_mountpoint(mountpoint: str, entries: list[Entry]) -> Entry | None:
     """The entry of the mount at ``mountpoint`` or above it, the innermost first."""
-    want = {os.path.abspath(mountpoint), _norm(mountpoint), os.path.realpath(mountpoint)}
-    best: Entry | None = None
-    for entry in entries:
-        here = entry.mountpoint
-        if any(w == here or w.startswith(here.rstrip("/") + "/") for w in want) and (
-            best is None or len(here) >= len(best.mountpoint)
-        ):
-            best = entry
-    return best
+    want = normalize(mountpoint)
+    fitting = [e for e in entries if want == e.mountpoint or want.startswith(e.mountpoint.rstrip("/") + "/")]
+    return max(fitting, key=lambda entry: len(entry.mountpoint), default=None)
 
 
 def find(mount: str | None = None) -> Entry:

@@ -1,0 +1,238 @@
+"""The process behind a mount: start-up, signals, clean end.
+
+The daemon is forked before anything heavy is imported. It reports once through a pipe: that the mount can be used, or
+why not; until then its standard error is the caller's, afterwards its log file. It ends when the mount is taken away
+from outside, on SIGTERM, SIGINT or SIGHUP, and on a ``shutdown`` request, and leaves neither mount nor registry entry.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NoReturn
+
+import msgspec
+
+from klpfs import __version__
+from klpfs.control import runtime
+
+log = logging.getLogger("klpfs.daemon")
+
+#: How long a start may take before the caller gives up, in seconds.
+START_TIMEOUT: Final = 60.0
+
+
+class MountConfig(msgspec.Struct, kw_only=True):
+    """What ``klpfs mount`` was asked for.
+
+    ``mountpoint`` is absolute; ``subtree`` a path in the tree, or empty; ``log`` is empty for one in the runtime
+    directory; ``options`` are those of ``-o`` that go to the FUSE library.
+    """
+
+    mountpoint: str
+    kernel: str
+    release: str | None = None
+    subtree: str = ""
+    driver: str = "pyfuse3"
+    clock: str = "real"
+    cpus: int = 2
+    execute: bool = True
+    options: list[str] = []
+    allow_other: bool | None = None
+    log: str = ""
+    debug: bool = False
+
+
+class Report(msgspec.Struct):
+    """The daemon's word to its starter. ``kind``: ``ready``, ``usage`` (an option's value is wrong) or ``failed``."""
+
+    kind: str
+    message: str = ""
+    pid: int = 0
+    log: str = ""
+
+
+class StartError(Exception):
+    """The start failed for a reason that the user is to read, without a traceback."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def serve_mount(config: MountConfig, report: Callable[[Report], None]) -> int:
+    """Serve a mount in this process until it ends; the exit status. ``report`` is called exactly once."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if config.debug else logging.INFO,
+        format="%(asctime)s %(name)s %(levelname)s: %(message)s",
+    )
+    try:
+        directory = runtime.make_runtime_dir()
+        name = runtime.new_name(os.getpid())
+        entry = runtime.Entry(
+            name=name,
+            pid=os.getpid(),
+            socket=str(directory / f"{name}.sock"),
+            mountpoint=config.mountpoint,
+            driver=config.driver,
+            kernel=config.kernel,
+            version=__version__,
+            started=time.time(),
+            log=config.log or str(directory / f"{name}.log"),
+        )
+        return _run(config, entry, report)
+    except StartError as err:
+        report(Report(err.kind, str(err)))
+    except runtime.RuntimeDirError as err:
+        report(Report("failed", str(err)))
+    return 1
+
+
+def _run(config: MountConfig, entry: runtime.Entry, report: Callable[[Report], None]) -> int:
+    import trio
+
+    from klpfs.control.serving import serve
+    from klpfs.kernel.clock import parse_clock
+    from klpfs.kernel.profile import profile
+
+    try:
+        clock = parse_clock(config.clock)
+        kernel = profile(config.kernel, release=config.release)
+    except ValueError as err:
+        raise StartError("usage", str(err)) from None
+    ready = False
+
+    def started() -> None:
+        nonlocal ready
+        ready = True
+        runtime.write_entry(Path(entry.socket).parent, entry)
+        report(Report("ready", pid=entry.pid, log=entry.log))
+
+    try:
+        trio.run(serve, config, kernel, entry, started, clock=clock)
+    except Exception as err:
+        failure = _start_failure(err)
+        if ready or failure is None:
+            log.exception("the daemon failed")
+            if not ready:
+                raise StartError("failed", f"the daemon failed: {_innermost(err)!r}") from None
+            return 1
+        raise failure from None
+    finally:
+        runtime.remove_entry(entry)
+    return 0
+
+
+def _innermost(err: BaseException) -> BaseException:
+    """The only exception in nested groups of one."""
+    while isinstance(err, BaseExceptionGroup) and len(err.exceptions) == 1:
+        err = err.exceptions[0]
+    return err
+
+
+def _start_failure(err: BaseException) -> StartError | None:
+    """What to tell the user, if ``err`` is something that a start may well meet."""
+    from klpfs.drivers import MountError
+
+    inner = _innermost(err)
+    if isinstance(inner, StartError):
+        return inner
+    if isinstance(inner, MountError):
+        return StartError("failed", inner.strerror or str(inner))
+    if isinstance(inner, ImportError):
+        return StartError("failed", f"the driver's library is missing: {inner}")
+    return None
+
+
+# -- forking -----------------------------------------------------------------------------------------------------------
+
+
+def spawn(config: MountConfig) -> Report:
+    """Fork the daemon and return its report; after a ``ready`` one it lives on."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        _child(config, reader, writer)
+    os.close(writer)
+    try:
+        report = _await_report(reader)
+    except BaseException:
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        raise
+    finally:
+        os.close(reader)
+    if report is None:
+        os.kill(pid, signal.SIGKILL)
+        report = Report("failed", f"the daemon was not ready after {START_TIMEOUT:g} s")
+    if report.kind != "ready":
+        _, status = os.waitpid(pid, 0)
+        if not report.message:
+            code = os.waitstatus_to_exitcode(status)
+            why = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+            report.message = f"the daemon ended while it started ({why})"
+    return report
+
+
+def _await_report(reader: int) -> Report | None:
+    """The report; an empty failure when the daemon died without one, None when it did not come in time."""
+    import select
+
+    data = b""
+    end = time.monotonic() + START_TIMEOUT
+    while not data.endswith(b"\n"):
+        left = end - time.monotonic()
+        if left <= 0 or not select.select([reader], [], [], left)[0]:
+            return None
+        chunk = os.read(reader, 65536)
+        if not chunk:
+            return Report("failed")
+        data += chunk
+    return msgspec.json.decode(data, type=Report)
+
+
+def _child(config: MountConfig, reader: int, writer: int) -> NoReturn:
+    """The forked side: become a daemon, serve, end without the starter's exit handlers."""
+    status = 1
+    try:
+        os.close(reader)
+        os.setsid()
+        os.chdir("/")
+        os.umask(0o077)
+        # nothing of the caller's may be kept open by a daemon: a pipe, a lock, a terminal
+        os.closerange(3, writer)
+        os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.close(null)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
+
+        def report(what: Report) -> None:
+            if what.kind == "ready":
+                fd = os.open(what.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                os.dup2(fd, 2)
+                os.close(fd)
+            try:
+                os.write(writer, msgspec.json.encode(what) + b"\n")
+            except OSError as err:
+                if err.errno != errno.EPIPE:  # the starter was interrupted, and has sent a SIGTERM as well
+                    raise
+            os.close(writer)
+
+        status = serve_mount(config, report)
+    except BaseException:
+        logging.getLogger("klpfs.daemon").exception("the daemon failed")
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
