@@ -123,14 +123,24 @@ class Kallsyms:
     def __init__(self, table: SymbolTable) -> None:
         self.table = table
         self._modules: dict[str, _ModuleSymbols] = {}
+        # modules by the address of their first function; no two overlap
+        self._starts: list[int] = []
+        self._names: list[str] = []
 
     def add_module(self, name: str, symbols: list[SymInfo]) -> None:
         """The symbols of a module are known from now on, in the order of its symbol table."""
-        self._modules[name] = _ModuleSymbols(symbols)
+        self.remove_module(name)
+        self._modules[name] = added = _ModuleSymbols(symbols)
+        if added.addrs:
+            i = bisect_right(self._starts, added.addrs[0])
+            self._starts.insert(i, added.addrs[0])
+            self._names.insert(i, name)
 
     def remove_module(self, name: str) -> None:
         """Forget the symbols of a module."""
-        self._modules.pop(name, None)
+        if self._modules.pop(name, None) is not None and name in self._names:
+            i = self._names.index(name)
+            del self._starts[i], self._names[i]
 
     def on_each_match_symbol(self, name: str) -> list[int]:
         """Addresses of all vmlinux symbols called *name*, in sympos order."""
@@ -144,10 +154,13 @@ class Kallsyms:
 
     def lookup(self, addr: int) -> Resolved | None:
         """What *addr* lies in, or None (``kallsyms_lookup``)."""
-        for modname, symbols in self._modules.items():
-            i = bisect_right(symbols.addrs, addr) - 1
-            if i >= 0 and addr < symbols.addrs[i] + symbols.functions[i].size:
-                sym = symbols.functions[i]
+        i = bisect_right(self._starts, addr) - 1
+        if i >= 0:
+            modname = self._names[i]
+            symbols = self._modules[modname]
+            j = bisect_right(symbols.addrs, addr) - 1
+            if j >= 0 and addr < symbols.addrs[j] + symbols.functions[j].size:
+                sym = symbols.functions[j]
                 return Resolved(sym.name, modname, addr - sym.value, sym.size)
         hit = self.table.addr_to_symbol(addr)
         return None if hit is None else Resolved(hit[0], None, hit[1], hit[2])

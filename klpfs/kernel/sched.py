@@ -128,15 +128,17 @@ class Sched:
 
     @contextmanager
     def running(self, task: Task) -> Iterator[Task]:
-        """Make *task* ``current`` and on a CPU for the duration (``schedule()`` to it and back)."""
+        """Make *task* ``current`` for the duration (``schedule()`` to it and back).
+
+        It does not count as being on a CPU: whenever other code runs here, this task is suspended, which in a kernel is
+        a sleep or a preemption, and its stack is as reliable as then.
+        """
         token = self._current.set(task)
-        before = task.state
-        task.state, task.on_cpu = "R", True
+        before, task.state = task.state, "R"
         try:
             yield task
         finally:
             self._current.reset(token)
-            task.on_cpu = False
             if task.state == "R":
                 task.state = before
 
@@ -147,14 +149,14 @@ class Sched:
         if task is None:
             yield
             return
-        old_state, old_cpu, old_stack = task.state, task.on_cpu, task.stack
-        task.state, task.on_cpu = state, False
+        old_state, old_stack = task.state, task.stack
+        task.state = state
         if stack is not None:
             task.stack = [*stack, *old_stack]
         try:
             yield
         finally:
-            task.state, task.on_cpu, task.stack = old_state, old_cpu, old_stack
+            task.state, task.stack = old_state, old_stack
 
     @contextmanager
     def frame(self, address: int) -> Iterator[None]:
