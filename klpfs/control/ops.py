@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
 
 from klpfs import __version__
 from klpfs.control import protocol
@@ -287,9 +286,8 @@ class Operations:
     # -- clock ------------------------------------------------------------------------------------------------------
 
     def _clock_info(self) -> protocol.ClockInfo:
-        clock = trio.lowlevel.current_clock()
-        rate = clock.rate if isinstance(clock, MockClock) else 1.0
-        return protocol.ClockInfo(self.machine.clock.now(), self.machine.clock.kind, rate)
+        clock = self.machine.clock
+        return protocol.ClockInfo(clock.now(), clock.kind, clock.rate)
 
     async def _clock(self, request: protocol.Clock) -> protocol.ClockInfo:
         """Move the clock from one deadline to the next, so that all that is due on the way happens at its own time."""
@@ -298,14 +296,18 @@ class Operations:
             raise OSError(
                 errno.EOPNOTSUPP, "the real clock cannot be moved: mount with --clock manual, virtual or a factor"
             )
+        if not left:
+            return self._clock_info()
+
+        from trio.testing import wait_all_tasks_blocked  # costs what klpfs.kernel.clock says
+
         while left > 0:
             await wait_all_tasks_blocked()
             due = trio.lowlevel.current_statistics().seconds_to_next_deadline
             step = min(left, max(due, 1e-6))
             self.machine.clock.jump(step)
             left -= step
-        if request.advance:
-            await wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
         return self._clock_info()
 
 

@@ -12,9 +12,13 @@ Source
 from __future__ import annotations
 
 import math
+import sys
+from typing import TYPE_CHECKING
 
 import trio
-import trio.testing
+
+if TYPE_CHECKING:
+    from trio.testing import MockClock
 
 __all__ = ["HZ", "Clock", "parse_clock"]
 
@@ -22,26 +26,36 @@ HZ = 250
 """Jiffies per second."""
 
 
-def parse_clock(text: str) -> trio.testing.MockClock | None:
+def _mock(clock: trio.abc.Clock) -> MockClock | None:
+    """*clock* if it is one of trio's emulated clocks. trio.testing costs 100 ms (it imports pytest where that is
+    installed), so the real clock must not load it; where nobody did, there is no MockClock either."""
+    testing = sys.modules.get("trio.testing")
+    return clock if testing is not None and isinstance(clock, testing.MockClock) else None
+
+
+def parse_clock(text: str) -> MockClock | None:
     """The trio clock that *text* asks for: ``real`` (None), a factor such as ``10``, ``virtual`` or ``manual``.
 
     Raises ValueError that says what is accepted.
     """
+    if text == "real":
+        return None
+
+    from trio.testing import MockClock
+
     match text:
-        case "real":
-            return None
         case "virtual":
             # The threshold is real seconds without work; requests from user space arrive within it.
-            return trio.testing.MockClock(autojump_threshold=0.01)
+            return MockClock(autojump_threshold=0.01)
         case "manual":
-            return trio.testing.MockClock(rate=0)
+            return MockClock(rate=0)
     try:
         rate = float(text)
     except ValueError:
         rate = math.nan
     if not (0 < rate <= 1_000_000):
         raise ValueError(f"clock {text!r}: expected 'real', 'virtual', 'manual' or a factor between 0 and 1000000")
-    return None if rate == 1 else trio.testing.MockClock(rate=rate)
+    return None if rate == 1 else MockClock(rate=rate)
 
 
 class Clock:
@@ -79,8 +93,8 @@ class Clock:
     @property
     def kind(self) -> str:
         """``real``, ``scaled``, ``virtual`` or ``manual``."""
-        clock = self._trio_clock
-        if not isinstance(clock, trio.testing.MockClock):
+        clock = _mock(self._trio_clock)
+        if clock is None:
             return "real"
         if clock.autojump_threshold != math.inf:
             return "virtual"
@@ -91,6 +105,13 @@ class Clock:
 
         Raises ValueError for a negative amount or a clock that cannot jump (the real one).
         """
-        if not isinstance(self._trio_clock, trio.testing.MockClock):
+        clock = _mock(self._trio_clock)
+        if clock is None:
             raise ValueError("the real clock cannot jump: start with --clock manual, virtual or a factor")
-        self._trio_clock.jump(seconds)
+        clock.jump(seconds)
+
+    @property
+    def rate(self) -> float:
+        """Emulated seconds for each real one."""
+        clock = _mock(self._trio_clock)
+        return 1.0 if clock is None else clock.rate
