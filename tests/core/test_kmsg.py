@@ -21,8 +21,8 @@ from klpfs.kernel.printk import Printk
 BIG = 8192
 
 
-def make(*texts: str, size: int = 1 << 18, **options: bool) -> Printk:
-    printk = Printk(lambda: 1.5, size=size, **options)
+def make(*texts: str, size: int = 1 << 18, print_caller: bool = False, print_time: bool = True) -> Printk:
+    printk = Printk(lambda: 1.5, size=size, print_caller=print_caller, print_time=print_time)
     for text in texts:
         printk.emit(6, text)
     return printk
