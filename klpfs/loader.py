@@ -44,13 +44,24 @@ class ElfCode(ABC):
 
     def __init__(self, machine: Machine, elf: ElfModule) -> None:
         self.machine = machine
-        self.elf = elf
+        self._elf: ElfModule | None = elf
         self.layout = elf_layout.lay_out(elf)
         self.image: ModuleImage
         self.addresses: dict[int, int] = {}
         """Section number to address."""
         self.params: dict[str, Param] = {}
         self._size = 0
+
+    @property
+    def elf(self) -> ElfModule:
+        """The file."""
+        assert self._elf is not None, "the file was let go"
+        return self._elf
+
+    def release_elf(self) -> None:
+        """Let go of the file, unless klp relocations will still be read from it."""
+        if not self.elf.klp_rela_sections:
+            self._elf = None
 
     async def load(self, mod: Module) -> None:
         """``layout_and_allocate``: choose addresses, give them to sections, symbols and exports."""
@@ -119,7 +130,7 @@ class ElfCode(ABC):
 
     async def apply_relocs(self, mod: Module, objname: str | None) -> None:
         """Resolve the symbols of the klp relocations; whoever executes the code writes them, too."""
-        if mod.is_livepatch:
+        if mod.is_livepatch and self._elf is not None:
             self.resolve_klp(objname)
 
     async def clear_relocs(self, mod: Module, objname: str | None) -> None:

@@ -87,6 +87,7 @@ class SyntheticCode(ElfCode):
                 addr = waiting[repl.symbol].pop(0)
                 self._actions[addr] = repl
                 self._new_funcs[id(repl)] = addr
+        self.release_elf()
 
     # -- values -----------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ class Livepatch:
             root,
             debug,
         )
+        klp.ktype_object = KobjType(core.object_attributes(klp))
         klp.transition_work = DelayedWork(partial(transition.klp_transition_work_fn, klp), "klp_transition_work_fn")
         kernel.sched.update_patch_state = partial(transition.klp_update_patch_state, klp)
 

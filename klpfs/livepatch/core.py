@@ -67,6 +67,8 @@ __all__ = [
     "klp_unpatch_replaced_patches",
 ]
 
+KLP_KTYPE_FUNC = KobjType()
+
 MODULE_NAME_LEN = 56
 """Longest module name, the NUL included (include/linux/moduleparam.h, 64 bit)."""
 
@@ -312,7 +314,7 @@ async def klp_free_replaced_patches_async(klp: Klp, new_patch: KlpPatch) -> None
 
 
 def _klp_init_func_early(klp: Klp, obj: KlpObject, func: KlpFunc) -> None:
-    func.kobj = Kobject(klp.kernel.kernfs, KobjType(), func)
+    func.kobj = Kobject(klp.kernel.kernfs, KLP_KTYPE_FUNC, func)
     func.obj = obj
     obj.func_list.append(func)
 
@@ -320,7 +322,7 @@ def _klp_init_func_early(klp: Klp, obj: KlpObject, func: KlpFunc) -> None:
 def _klp_init_object_early(klp: Klp, patch: KlpPatch, obj: KlpObject) -> None:
     obj.func_list = []
     obj.patch = patch
-    obj.kobj = Kobject(klp.kernel.kernfs, KobjType(object_attributes(klp)), obj)
+    obj.kobj = Kobject(klp.kernel.kernfs, klp.ktype_object, obj)
     patch.obj_list.append(obj)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from klpfs.kernel.ftrace import FtraceOps
-from klpfs.kernel.kobject import Kobject
+from klpfs.kernel.kobject import Kobject, KobjType
 from klpfs.kernel.locking import Mutex
 from klpfs.kernel.workqueue import DelayedWork, Work
 
@@ -175,6 +175,7 @@ class Klp:
     klp_ops: dict[int, KlpOps] = field(default_factory=dict)
     """Keyed by the address of the original function."""
     klp_shadow_hash: dict[tuple[object, int], KlpShadow] = field(default_factory=dict)
+    ktype_object: KobjType = field(default_factory=KobjType)
     transition_work: DelayedWork | None = None
     transition_done: trio.Event = field(default_factory=trio.Event)
     """Set and replaced whenever a transition ends; lets callers wait without polling."""
