@@ -58,7 +58,7 @@ _CONVERSION: Final = re.compile(r"(%[-+ #0]*(?:\*|\d+)?(?:\.(?:\*|\d+)?)?)(?:hh|
 def c_format(fmt: str, args: Sequence[object]) -> str:
     """Format ``args`` by a C format: ``%s %c %d %i %u %x %X %o %%`` with flags, width, precision, length modifiers.
 
-    Raises ``TypeError`` when the arguments do not fit the format.
+    Raises ``TypeError`` when the arguments do not fit the format, ``ValueError`` for any other conversion.
     """
     return _CONVERSION.sub(lambda m: m[1] + ("d" if m[2] in "iu" else m[2]), fmt) % tuple(args)
 
