@@ -104,7 +104,7 @@ class Machine:
             symbols = self.kallsyms.table.lookup(name)
             if symbols:
                 # a return address lies behind a call, so inside the function
-                found.append(symbols[0].addr + min(16, symbols[0].size - 1))
+                found.append(symbols[0].address + min(16, symbols[0].size - 1))
         return found
 
     def _debugfs(self) -> None:
@@ -146,10 +146,13 @@ class Machine:
 
 
 def shipped_table(profile: Profile) -> SymbolTable:
-    """The symbol table that comes with klpfs for *profile*."""
+    """The symbol table that comes with klpfs for *profile*; that of the default profile where it has none of its own."""
     from klpfs.elf.symbols import shipped_table as load
 
-    return load(profile.name)
+    try:
+        return load(profile.name)
+    except FileNotFoundError:
+        return load(DEFAULT_PROFILE)
 
 
 @asynccontextmanager

@@ -44,10 +44,10 @@ class TestTable(DictTable):
     def __init__(self) -> None:
         super().__init__(KERNEL_FUNCTIONS, notrace=["untraceable"])
 
-    def exported(self, name: str) -> tuple[int, bool] | None:
+    def exported(self, name: str) -> tuple[int | None, bool] | None:
         """What a synthetic module imports, GPL-only where the kernel has it so."""
         if name.startswith(("klp_", "_printk", "__fentry__", "__x86_", "param_ops_", "param_array_ops", "queue_", "msleep")):
-            return 0, name.startswith("klp_")
+            return None, name.startswith("klp_")
         return None
 
 

@@ -11,7 +11,7 @@ Source
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -34,9 +34,22 @@ class SymInfo:
 class Symbol(NamedTuple):
     """A symbol of the kernel: address, size in bytes, type letter."""
 
-    addr: int
+    address: int
     size: int
     type: str
+
+
+class SymbolLike(Protocol):
+    """What a table gives: see :class:`Symbol`."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def type(self) -> str: ...
 
 
 class Resolved(NamedTuple):
@@ -56,17 +69,20 @@ class Resolved(NamedTuple):
 class SymbolTable(Protocol):
     """The symbols of vmlinux."""
 
-    def lookup(self, name: str) -> list[Symbol]:
+    def lookup(self, name: str) -> Sequence[SymbolLike]:
         """All symbols called *name*, in sympos order."""
 
-    def addr_to_symbol(self, addr: int) -> tuple[str, int, int] | None:
-        """``(name, offset, size)`` of the symbol that *addr* lies in."""
+    def addr_to_symbol(self, address: int) -> tuple[str, int, int] | None:
+        """``(name, offset, size)`` of the symbol that *address* lies in."""
 
-    def exported(self, name: str) -> tuple[int, bool] | None:
-        """``(crc, gpl_only)`` of an exported symbol."""
+    def exported(self, name: str) -> tuple[int | None, bool] | None:
+        """``(crc, gpl_only)`` of an exported symbol; no CRC where none is known."""
 
-    def has_ftrace(self, addr: int) -> bool:
-        """Whether the function at *addr* has an ftrace location."""
+    def has_ftrace(self, address: int) -> bool:
+        """Whether the function at *address* has an ftrace location."""
+
+    def __iter__(self) -> Iterator[tuple[int, str, str]]:
+        """All symbols as ``(address, type, name)``, in the order of /proc/kallsyms."""
 
 
 class DictTable:
@@ -90,19 +106,22 @@ class DictTable:
     def lookup(self, name: str) -> list[Symbol]:
         return list(self._by_name.get(name, ()))
 
-    def addr_to_symbol(self, addr: int) -> tuple[str, int, int] | None:
-        i = bisect_right(self._addrs, addr) - 1
-        if i < 0 or addr >= self._addrs[i] + 64:
+    def addr_to_symbol(self, address: int) -> tuple[str, int, int] | None:
+        i = bisect_right(self._addrs, address) - 1
+        if i < 0 or address >= self._addrs[i] + 64:
             return None
-        return self._names[i], addr - self._addrs[i], 64
+        return self._names[i], address - self._addrs[i], 64
 
-    def exported(self, name: str) -> tuple[int, bool] | None:
+    def exported(self, name: str) -> tuple[int | None, bool] | None:
         gpl = self._exports.get(name)
-        return None if gpl is None else (0, gpl)
+        return None if gpl is None else (None, gpl)
 
-    def has_ftrace(self, addr: int) -> bool:
-        hit = self.addr_to_symbol(addr)
+    def has_ftrace(self, address: int) -> bool:
+        hit = self.addr_to_symbol(address)
         return hit is not None and hit[0] not in self._notrace
+
+    def __iter__(self) -> Iterator[tuple[int, str, str]]:
+        return iter([(address, "T", name) for address, name in zip(self._addrs, self._names, strict=True)])
 
 
 class _ModuleSymbols:
@@ -144,7 +163,7 @@ class Kallsyms:
 
     def on_each_match_symbol(self, name: str) -> list[int]:
         """Addresses of all vmlinux symbols called *name*, in sympos order."""
-        return [s.addr for s in self.table.lookup(name)]
+        return [s.address for s in self.table.lookup(name)]
 
     def module_on_each_symbol(self, modname: str, name: str) -> list[int]:
         """Addresses of the symbols called *name* in module *modname*, in symbol table order; empty if it is not

@@ -322,7 +322,7 @@ class Modules:
                     return export.value, owner
         return None
 
-    def _check_version(self, mod: Module, name: str, crc: int) -> None:
+    def _check_version(self, mod: Module, name: str, crc: int | None) -> None:
         """``check_version``: raises OSError(EINVAL) when the module was built against another CRC."""
         if not crc or not mod.image.versions:
             return

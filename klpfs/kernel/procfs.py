@@ -65,13 +65,13 @@ def parse_int(data: bytes, low: int = -(1 << 31), high: int = (1 << 31) - 1) -> 
 class ProcFs:
     """The part of /proc that belongs to the emulated kernel.
 
-    ``task_of`` tells which task a request comes from: by default the emulated task with that pid, if any.
+    ``task_of`` tells which task a request comes from; None, the default, is one that no transition has to wait for.
     ``host_file`` reads the host's file of that name.
     """
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.task_of: Callable[[Caller], Task | None] = lambda caller: kernel.sched.tasks.get(caller.pid)
+        self.task_of: Callable[[Caller], Task | None] = lambda caller: None
         self.host_file: Callable[[str], bytes] = _host_file
         self.privileged: Callable[[Caller], bool] = lambda caller: caller.uid == 0
         self.tasks = TaskDirs(kernel)
@@ -116,7 +116,7 @@ class ProcFs:
     def _kallsyms_show(self, caller: Caller) -> bytes:
         show = self.privileged(caller)
         out = []
-        for name, addr, kind in getattr(self.kernel.kallsyms.table, "all_symbols", lambda: ())():
+        for addr, kind, name in self.kernel.kallsyms.table:
             out.append(f"{addr if show else 0:016x} {kind} {name}\n")
         for mod in reversed(self.kernel.modules.modules.values()):
             if mod.state == "unformed":
