@@ -55,6 +55,11 @@ SYSLOG_ACTION_CONSOLE_LEVEL: Final = 8
 SYSLOG_ACTION_SIZE_UNREAD: Final = 9
 SYSLOG_ACTION_SIZE_BUFFER: Final = 10
 
+OFFSET_END: Final = 1 << 61
+"""A read at this offset follows lseek(fd, 0, SEEK_END): the size that the file claims (see KmsgReader.read_at)."""
+OFFSET_DATA: Final = 1 << 60
+"""A read at this offset follows lseek(fd, 0, SEEK_DATA), if someone who saw that call has moved the file there."""
+
 PRINTK_MESSAGE_MAX: Final = 2048
 """Size of the buffer in which one record is rendered, its terminator included."""
 
@@ -184,7 +189,7 @@ class KmsgReader:
         self.printk = printk
         self.seq = printk.first_seq
         """Sequence number of the next record."""
-        self._offset = 0
+        self._offset = 0  # where the last read_at() ended
 
     def read_nowait(self, size: int) -> bytes:
         """The next record, as :func:`print_ext_record` gives it.
@@ -203,7 +208,6 @@ class KmsgReader:
         data = print_ext_record(record, self.printk.print_caller)
         if len(data) > size:
             raise OSError(errno.EINVAL, "Invalid argument")
-        self._offset += len(data)
         return data
 
     async def read(self, size: int, *, nonblock: bool = False) -> bytes:
@@ -217,14 +221,19 @@ class KmsgReader:
             await self.printk.wait_new(self.seq)
 
     async def read_at(self, size: int, offset: int, *, nonblock: bool = False) -> bytes:
-        """:meth:`read` for a file system that sees offsets but no lseek(2).
+        """:meth:`read` for a file system that is told the offset of each read, but nothing of lseek(2).
 
-        Offset 0 after something was read means that the caller has gone back to the beginning: SEEK_SET 0. Any other
-        offset is ignored, as the device ignores them.
+        If ``offset`` is not where the last read ended, 0 means SEEK_SET, :data:`OFFSET_DATA` SEEK_DATA, and
+        :data:`OFFSET_END` SEEK_END. Any other offset is ignored, as the device ignores them all.
         """
-        if offset == 0 and self._offset:
-            self.seek(0, os.SEEK_SET)
-        return await self.read(size, nonblock=nonblock)
+        if offset != self._offset:
+            whence = {0: os.SEEK_SET, OFFSET_DATA: os.SEEK_DATA, OFFSET_END: os.SEEK_END}.get(offset)
+            if whence is not None:
+                self.seek(0, whence)
+            self._offset = offset
+        data = await self.read(size, nonblock=nonblock)
+        self._offset = offset + len(data)
+        return data
 
     def seek(self, offset: int, whence: int) -> int:
         """lseek(2). SEEK_SET: the oldest record; SEEK_DATA: the first after the last clear; SEEK_END: after the last.
@@ -235,7 +244,6 @@ class KmsgReader:
             raise OSError(errno.ESPIPE, "Illegal seek")
         if whence == os.SEEK_SET:
             self.seq = self.printk.first_seq
-            self._offset = 0
         elif whence == os.SEEK_DATA:
             self.seq = self.printk.clear_seq
         elif whence == os.SEEK_END:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from klpfs.kernel import kmsg as km
 from klpfs.kernel.kmsg import KmsgReader, Syslog, record_print_text, render_dmesg, render_record
 from klpfs.kernel.printk import Printk
+from klpfs.kernfs import STREAM_SEEK_DATA, STREAM_SIZE
 
 BIG = 8192
 
@@ -190,15 +191,43 @@ def test_seek_to_data_that_was_overwritten() -> None:
 
 def test_reading_at_offsets() -> None:
     async def main() -> None:
-        reader = KmsgReader(make("a", "b"))
-        first = await reader.read_at(BIG, 0, nonblock=True)
-        assert (await reader.read_at(BIG, len(first), nonblock=True)).endswith(b";b\n")
-        assert await reader.read_at(BIG, 0, nonblock=True) == first  # back to the beginning
-        assert (await reader.read_at(BIG, 3, nonblock=True)).endswith(b";b\n")  # offsets mean nothing
+        printk = make("old")
+        printk.clear()
+        printk.emit(6, "new")
+        reader = KmsgReader(printk)
+        pos = 0
+
+        async def read(offset: int | None = None) -> str:
+            nonlocal pos
+            if offset is not None:
+                pos = offset
+            data = await reader.read_at(BIG, pos, nonblock=True)
+            pos += len(data)
+            return data.decode().partition(";")[2].rstrip()
+
+        assert [await read(), await read()] == ["old", "new"]
+        assert await read(0) == "old"  # SEEK_SET
+        assert await read(km.OFFSET_DATA) == "new"
         with pytest.raises(BlockingIOError):
-            await reader.read_at(BIG, 99, nonblock=True)
+            await read()
+        printk.emit(6, "third")
+        assert await read(km.OFFSET_DATA) == "new"
+        assert await read(pos - 5) == "third"  # other offsets mean nothing
+        printk.emit(6, "fourth")
+        for _ in range(2):
+            with pytest.raises(BlockingIOError):
+                await read(km.OFFSET_END)
+        printk.emit(6, "fifth")
+        assert await read() == "fifth"
+        printk.emit(6, "sixth")
+        assert await read(pos - 3) == "sixth"  # what the shell does when it has read more than a line
+        assert await read(0) == "old"
 
     virtual(main)
+
+
+def test_offsets_are_those_of_the_file_system() -> None:
+    assert (STREAM_SIZE, STREAM_SEEK_DATA) == (km.OFFSET_END, km.OFFSET_DATA)
 
 
 def test_poll() -> None:
