@@ -133,8 +133,8 @@ class ElfCode(ABC):
         if mod.is_livepatch and self._elf is not None:
             self.resolve_klp(objname)
 
-    async def clear_relocs(self, mod: Module, objname: str | None) -> None:
-        """Nothing was written."""
+    async def clear_relocs(self, mod: Module, objname: str | None) -> None:  # noqa: B027 - nothing was written
+        """Undo :meth:`apply_relocs`, for those that write."""
 
     # -- parameters -------------------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class ElfCode(ABC):
 
     def param_get(self, mod: Module, name: str) -> str:
         """See :class:`klpfs.kernel.module.ModuleCode`."""
-        return self.params[name].show().decode("latin-1").removesuffix("\n")
+        return self.params[name].show().decode("utf-8", "surrogateescape").removesuffix("\n")
 
 
 class MetadataCode(ElfCode):

@@ -90,6 +90,9 @@ class Machine:
         self.procfs = ProcFs(self.kernel)
         self._debugfs()
         self._kmsg()
+        plain = self.printk.logger()
+        plain.notice(f"Linux version {profile.release} (klpfs) {profile.kernel_version}")
+        plain.info(f"smp: Brought up 1 node, {cpus} CPU{'s' if cpus > 1 else ''}")
         self.loader: Loader | None = None
         self.engine: Engine | None = None
         """Executes real modules; None: their metadata alone drives their patches."""
@@ -146,7 +149,8 @@ class Machine:
 
 
 def shipped_table(profile: Profile) -> SymbolTable:
-    """The symbol table that comes with klpfs for *profile*; that of the default profile where it has none of its own."""
+    """The symbol table that comes with klpfs for *profile*; that of the default profile where it has none of its
+    own."""
     from klpfs.elf.symbols import shipped_table as load
 
     try:

@@ -1,8 +1,8 @@
 """What the livepatch core leans on: a small kernel, one file for each part, under the kernel's names.
 
 Model
-    One emulated kernel is a set of plain objects owned by :class:`klpfs.machine.Machine`; nothing here is global, so that
-    any number of kernels live side by side in one process.
+    One emulated kernel is a set of plain objects owned by :class:`klpfs.machine.Machine`; nothing here is global, so
+    that any number of kernels live side by side in one process.
 
 Locks
     The kernel runs on one trio thread. Code between two ``await`` is atomic, which stands in for the kernel's spinlocks

@@ -531,13 +531,15 @@ class Modules:
     def _param_attribute(self, mod: Module, param: ParamDesc) -> Attribute:
         async def store(data: bytes) -> int:
             # kernel_param_lock and param_attr_store(); a set function sees the text with its newline
-            await mod.code.param_set(mod, param.name, data.decode("latin-1"))
+            await mod.code.param_set(mod, param.name, data.decode("utf-8", "surrogateescape"))
             return len(data)
 
-        return Attribute(
-            (lambda: mod.code.param_get(mod, param.name).encode("latin-1") + b"\n") if param.perm & 0o444 else None,
-            store if param.perm & 0o222 else None,
-        )
+        def show() -> bytes:
+            text = mod.code.param_get(mod, param.name)
+            # an array prints a newline behind its last element only (param_array_get)
+            return b"" if param.is_array and not text else text.encode("utf-8", "surrogateescape") + b"\n"
+
+        return Attribute(show if param.perm & 0o444 else None, store if param.perm & 0o222 else None)
 
     async def _sysfs_teardown(self, mod: Module) -> None:
         for used in mod.using:

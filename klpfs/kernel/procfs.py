@@ -18,6 +18,7 @@ import errno
 from collections.abc import Awaitable, Callable, Iterable
 
 from klpfs.kernel.kernel import Kernel
+from klpfs.kernel.kstrtox import proc_dointvec
 from klpfs.kernel.sched import TASK_STATES, Task
 from klpfs.kernfs import Caller, Entry, Kernfs, KernfsNode, SeqFile, StaticProvider
 
@@ -48,18 +49,6 @@ def _host_file(name: str) -> bytes:
             return file.read()
     except OSError:
         return b""
-
-
-def parse_int(data: bytes, low: int = -(1 << 31), high: int = (1 << 31) - 1) -> int:
-    """One integer as ``proc_dointvec`` takes it. Raises OSError(EINVAL)."""
-    text = data.split(b"\0")[0].decode("latin-1").strip(" \t\n")
-    try:
-        value = int(text.split()[0], 0)
-    except (ValueError, IndexError):
-        raise OSError(errno.EINVAL, f"not an integer: {text[:20]!r}") from None
-    if not low <= value <= high:
-        raise OSError(errno.EINVAL, f"out of range: {value}")
-    return value
 
 
 class ProcFs:
@@ -141,20 +130,25 @@ class ProcFs:
             kernfs.create_file(where, name, ops, mode)
 
         async def ftrace_store(data: bytes) -> int:
-            kernel.ftrace.sysctl_write(parse_int(data))
-            return len(data)
+            value, used = proc_dointvec(data, [kernel.ftrace.ftrace_enabled])
+            kernel.ftrace.sysctl_write(value[0])
+            return used
 
         async def tainted_store(data: bytes) -> int:
-            kernel.tainted |= parse_int(data, 0, 1 << 20)
-            return len(data)
+            value, used = proc_dointvec(data, [0], low=0)
+            kernel.tainted |= value[0]
+            return used
 
         async def devkmsg_store(data: bytes) -> int:
             return kernel.printk.sysctl_printk_devkmsg_store(data)
 
+        async def printk_store(data: bytes) -> int:
+            return kernel.printk.sysctl_printk_store(data)
+
         sysctl("ftrace_enabled", 0o644, lambda: b"%d\n" % kernel.ftrace.ftrace_enabled, ftrace_store)
         sysctl("tainted", 0o644, lambda: b"%d\n" % kernel.tainted, tainted_store)
         sysctl("printk_devkmsg", 0o644, kernel.printk.sysctl_printk_devkmsg_show, devkmsg_store)
-        sysctl("printk", 0o644, kernel.printk.sysctl_printk_show, None)
+        sysctl("printk", 0o644, kernel.printk.sysctl_printk_show, printk_store)
         sysctl("osrelease", 0o444, lambda: kernel.profile.release.encode() + b"\n", None)
         sysctl("version", 0o444, lambda: kernel.profile.kernel_version.encode() + b"\n", None)
 
