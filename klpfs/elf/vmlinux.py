@@ -150,7 +150,7 @@ class KernelImage:
                 crc = None
                 if crcs is not None and len(crcs) >= 4 * row + 4:
                     crc = struct.unpack_from("<I", crcs, 4 * row)[0]
-                out.append(KernelExport(text, address + 12 * row + value, gpl, crc))
+                out.append(KernelExport(text, address + 12 * row + value & (1 << 64) - 1, gpl, crc))
         return out
 
     @cached_property
