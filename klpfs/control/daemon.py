@@ -28,6 +28,10 @@ log = logging.getLogger("klpfs.daemon")
 START_TIMEOUT: Final = 60.0
 
 
+#: Signals that end the daemon.
+ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class MountConfig(msgspec.Struct, kw_only=True):
     """What ``klpfs mount`` was asked for.
 
@@ -159,9 +163,12 @@ def spawn(config: MountConfig) -> Report:
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    # A start that is interrupted is ended in order, once it can be: it must not leave half of its files behind.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     pid = os.fork()
     if pid == 0:
         _child(config, reader, writer)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(writer)
     try:
         report = _await_report(reader)
@@ -215,8 +222,7 @@ def _child(config: MountConfig, reader: int, writer: int) -> NoReturn:
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.close(null)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
         def report(what: Report) -> None:
             if what.kind == "ready":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import trio
 
-from klpfs.control.daemon import MountConfig, StartError
+from klpfs.control.daemon import ENDING, MountConfig, StartError
 from klpfs.control.ops import Operations
 from klpfs.control.runtime import Entry
 from klpfs.control.server import ControlServer, listen
@@ -26,7 +26,7 @@ async def serve(config: MountConfig, kernel: Profile, entry: Entry, started: Cal
     ``started`` is called when mount and control socket can be used. Raises StartError, and what the driver raises.
     """
     driver = get_driver(config.driver)
-    async with open_machine(kernel, cpus=config.cpus, execute=config.execute) as machine:
+    async with open_machine(kernel, cpus=config.cpus) as machine:
         root = machine.kernfs.lookup(config.subtree) if config.subtree else machine.kernfs.root
         if root is None or root.kind != "dir":
             raise StartError("usage", f"--subtree {config.subtree}: there is no such directory in the tree")
@@ -53,9 +53,12 @@ async def serve(config: MountConfig, kernel: Profile, entry: Entry, started: Cal
 
 async def _signals(stop: Callable[[], None], *, task_status: trio.TaskStatus[None]) -> None:
     """End cleanly on the signals that ask for it."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+    with trio.open_signal_receiver(*ENDING) as received:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # blocked since the fork: see klpfs.control.daemon
         task_status.started()
         async for number in received:
             log.info("%s: ending", signal.Signals(number).name)
-            stop()
-            return
+            break
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)  # impatience must not leave a dead mount behind
+    stop()

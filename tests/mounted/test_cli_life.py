@@ -1,0 +1,135 @@
+"""The life of a patch by way of the real commands and a shell on the mount, with both drivers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_support import Cli, Mounted, patch
+
+from klpfs.drivers import DRIVERS
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture(params=DRIVERS)
+def mounted(cli: Cli, request: pytest.FixtureRequest) -> Iterator[Mounted]:
+    with cli.mounted("--driver", request.param) as m:
+        yield m
+
+
+def test_from_insmod_to_rmmod(mounted: Mounted) -> None:
+    cli = mounted.cli
+    before = mounted.sh("cat $M/proc/cmdline").stdout
+    ko = cli.module(patch("fix"))
+    assert cli.ok("insmod", ko) == ""
+    mounted.settled("fix")
+    done = mounted.sh(
+        "cd $KLP; ls; cat fix/enabled fix/transition fix/vmlinux/patched; ls fix/vmlinux; cat $M/proc/cmdline;"
+        "cat $M/sys/module/fix/refcnt; cut -d' ' -f1,3,4 $M/proc/modules"
+    )
+    assert done.stdout.splitlines() == [
+        "fix",
+        "1",
+        "0",
+        "1",
+        "cmdline_proc_show,1",
+        "patched",
+        "fix: this has been live patched",
+        "1",
+        "fix 1 -",
+    ]
+    assert cli.fails(1, "rmmod", "fix") == "rmmod: ERROR: Module fix is in use\n"
+    assert mounted.sh("echo 0 > $KLP/fix/enabled").returncode == 0
+    mounted.gone("fix")
+    assert mounted.sh("ls $KLP; cat $M/proc/cmdline").stdout == before
+    mounted.sh("until [ $(cat $M/sys/module/fix/refcnt) = 0 ]; do :; done")
+    assert cli.ok("rmmod", "fix") == ""
+    assert not (mounted.path / "sys/module/fix").exists()
+    assert cli.ok("lsmod") == "Module                  Size  Used by\n"
+    lines = cli.ok("dmesg", "--notime").splitlines()
+    assert [line for line in lines if line.startswith("livepatch:")] == [
+        "livepatch: enabling patch 'fix'",
+        "livepatch: 'fix': starting patching transition",
+        "livepatch: 'fix': patching complete",
+        "livepatch: 'fix': starting unpatching transition",
+        "livepatch: 'fix': unpatching complete",
+    ]
+
+
+STALL = ("task", "add", "--comm", "sleeper", "--kthread", "--state", "D", "--stack", "cmdline_proc_show")
+
+
+def test_a_stalled_transition_is_reversed(mounted: Mounted) -> None:
+    cli = mounted.cli
+    (pid,) = cli.ok(*STALL).split()
+    cli.ok("insmod", cli.module(patch("slow")))
+    status = cli.json("status")
+    assert status["transition"]["patch"] == "slow"
+    assert status["transition"]["direction"] == "patching"
+    (task,) = status["transition"]["stragglers"]
+    assert task == {"pid": int(pid), "comm": "sleeper", "state": "D", "reason": "sleeps in cmdline_proc_show"}
+    assert mounted.sh("cat $KLP/slow/transition; cat $M/proc/" + pid + "/patch_state").stdout == "1\n0\n"
+    assert "Device or resource busy" in cli.fails(1, "insmod", cli.module(patch("other", "meminfo_proc_show")))
+    assert mounted.sh("echo 0 > $KLP/slow/enabled").returncode == 0
+    mounted.gone("slow")
+    assert mounted.sh("cat $M/proc/" + pid + "/patch_state").stdout == "-1\n"
+
+
+def test_a_stalled_transition_is_forced(mounted: Mounted) -> None:
+    cli = mounted.cli
+    cli.ok(*STALL)
+    cli.ok("insmod", cli.module(patch("slow")))
+    assert mounted.sh("cat $KLP/slow/transition; echo 1 > $KLP/slow/force").stdout == "1\n"
+    mounted.settled("slow")
+    assert "forcing remaining tasks to the patched state" in cli.ok("dmesg")
+    assert cli.json("status")["patches"][0]["forced"] is False  # only a forced unpatching pins the module
+
+
+def test_a_task_that_wakes_up_ends_the_stall(mounted: Mounted) -> None:
+    cli = mounted.cli
+    (pid,) = cli.ok(*STALL).split()
+    cli.ok("insmod", cli.module(patch("slow")))
+    assert cli.json("status")["transition"]["pending"] == 1
+    cli.ok("task", "wake", pid)
+    mounted.settled("slow")
+
+
+def test_replace(mounted: Mounted) -> None:
+    cli = mounted.cli
+    cli.ok("insmod", cli.module(patch("one")))
+    cli.ok("insmod", cli.module(patch("two", "meminfo_proc_show")))
+    cli.ok("insmod", cli.module(patch("all", more="replace = true")))
+    mounted.gone("one")
+    mounted.gone("two")
+    assert mounted.sh("ls $KLP; cat $KLP/all/replace").stdout == "all\n1\n"
+    mounted.sh("until [ $(cat $M/sys/module/one/refcnt)$(cat $M/sys/module/two/refcnt) = 00 ]; do :; done")
+    cli.ok("rmmod", "one", "two")
+    assert [m["name"] for m in cli.json("lsmod")] == ["all"]
+
+
+def test_a_module_that_comes_and_goes(mounted: Mounted) -> None:
+    cli = mounted.cli
+    target = cli.module('name = "target"\nkind = "module"\n[[functions]]\nname = "target_fn"\n')
+    cli.ok("insmod", cli.module(patch("fix", "target_fn", obj="target")))
+    assert mounted.sh("cat $KLP/fix/target/patched").stdout == "0\n"
+    cli.ok("insmod", target)
+    assert mounted.sh("cat $KLP/fix/target/patched").stdout == "1\n"
+    cli.ok("rmmod", "target")
+    assert mounted.sh("cat $KLP/fix/target/patched").stdout == "0\n"
+
+
+def test_parameters(mounted: Mounted) -> None:
+    cli = mounted.cli
+    ko = cli.module(
+        'name = "tunable"\nkind = "module"\n'
+        '[[params]]\nname = "count"\nperm = "0644"\n[[params]]\nname = "flag"\ntype = "bool"\n'
+    )
+    cli.ok("insmod", ko, "count=0x10", "flag=y")
+    assert mounted.sh("cd $M/sys/module/tunable/parameters; cat count flag; echo 5 > count; cat count").stdout == (
+        "16\nY\n5\n"
+    )
