@@ -20,7 +20,13 @@ Not visible here
     FUSE_INTERRUPT (see :class:`klpfs.drivers.common.Interrupts`), nor descriptor flags changed after open.
 
 Threads
-    Handlers run on the trio thread; a plain ``show`` is answered without a checkpoint. Only invalidations use a thread.
+    A driver thread runs pyfuse3's session loop on a minimal event loop of its own (:class:`_Loop`; pyfuse3 looks its
+    loop up at run time, as its asyncio support does) and answers there what needs no core: look-up, attributes, open,
+    plain reads, listings. Everything else (stores, async shows, streams, dynamic directories, hooks) runs as a task
+    on the trio thread while the driver thread goes on serving. Invalidations use a worker thread.
+
+    ``known`` is written by the driver thread only, always before it looks whether the node is still alive, and read
+    on the trio thread after the node was marked dead: so either the look-up fails or the removal sees it.
 """
 
 from __future__ import annotations
@@ -29,13 +35,14 @@ import errno
 import functools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from klpfs.drivers._pyfuse3_loop import Call, Loop, SyncCall
 from klpfs.drivers.common import (
     FOREVER,
     Interrupts,
@@ -44,8 +51,8 @@ from klpfs.drivers.common import (
     check_mountpoint,
     clear_dead_mount,
     errno_of,
-    fuse_fds,
     passed_fd,
+    quick_threads,
 )
 from klpfs.kernfs.files import Caller
 from klpfs.kernfs.tree import KernfsNode
@@ -54,9 +61,6 @@ from klpfs.kernfs.vfs import ROOT_INO, SetAttr, Vfs
 __all__ = ["serve"]
 
 log = logging.getLogger("klpfs.drivers.pyfuse3")
-
-MIN_TASKS, MAX_TASKS = 8, 100_000
-"""Idle handler tasks kept, and handlers at work at once: a blocked reader or writer occupies one, so no real limit."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,7 +83,7 @@ def _guard(
             log.exception("%s%r failed", fn.__name__, args)
             raise FUSEError(errno.EIO) from None
 
-    return cast(Callable[Concatenate[_Operations, P], Coroutine[Any, Any, T]], handler)
+    return cast("Callable[Concatenate[_Operations, P], Coroutine[Any, Any, T]]", handler)
 
 
 def _caller(ctx: RequestContext) -> Caller:
@@ -105,12 +109,12 @@ class _Operations(pyfuse3.Operations):
         super().__init__()
         self.vfs = vfs
         self.known: dict[int, _Known] = {ROOT_INO: _Known(vfs.root)}
-        self.interrupts: Interrupts | None = None
+        self.interrupts = Interrupts(options.proc)
         self.closing = False
         self.invalidating = 0
         self.quiet = trio.Condition()
-        # one thread, one invalidation at a time: they contend for the same directories anyway
-        self.limiter = trio.CapacityLimiter(4)
+        # removals of different directories do not wait for each other, nor for what else uses trio's threads
+        self.limiter = trio.CapacityLimiter(8)
 
     # -- removal and addition ------------------------------------------------------------------------------------------
 
@@ -184,36 +188,44 @@ class _Operations(pyfuse3.Operations):
         attr.attr_timeout = FOREVER if static else 1
         return attr
 
-    def remember(self, node: KernfsNode) -> None:
+    def remember(self, node: KernfsNode) -> bool:
+        """Count a look-up of *node*; False if it is dead (then it may not be named to the kernel any more)."""
         ino = self.vfs.ino(node)
         known = self.known.get(ino)
         if known is None:
             known = self.known[ino] = _Known(node)
         known.lookups += 1
+        if node.alive:
+            return True
+        self.drop(ino, 1)
+        return False
+
+    def drop(self, ino: int, count: int) -> None:
+        """Take *count* look-ups back."""
+        known = self.known.get(ino)
+        if known is not None and ino != ROOT_INO:
+            known.lookups -= count
+            if known.lookups <= 0:
+                del self.known[ino]
 
     @_guard
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self.node(parent_inode)
-        if name == b".":
-            node = parent
-        elif name == b"..":
-            node = parent.parent if parent.parent is not None and parent is not self.vfs.root else parent
+        caller = _caller(ctx)
+        if parent.provider is None:
+            node = self.vfs.lookup(parent, os.fsdecode(name), caller)
         else:
-            node = self.vfs.lookup(parent, os.fsdecode(name), _caller(ctx))
+            node = await SyncCall(self.vfs.lookup, parent, os.fsdecode(name), caller)
         attr = self.attributes(node, parent)
-        self.remember(node)
+        if not self.remember(node):
+            raise FUSEError(errno.ENOENT)
         return attr
 
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
         for ino, count in inode_list:
-            known = self.known.get(ino)
-            if known is None or ino == ROOT_INO:
-                continue
-            known.lookups -= count
-            if known.lookups <= 0:
-                del self.known[ino]
+            self.drop(ino, count)
 
     @_guard
     async def getattr(self, inode: pyfuse3.InodeT, ctx: RequestContext) -> EntryAttributes:
@@ -353,22 +365,31 @@ class _Operations(pyfuse3.Operations):
 
     @_guard
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: RequestContext) -> FileInfo:
-        fh = self.vfs.open(self.node(inode), flags, _caller(ctx))
+        node = self.node(inode)
+        caller = _caller(ctx)
+        if self.vfs.has_hooks(node):
+            fh = await SyncCall(self.vfs.open, node, flags, caller)
+        else:
+            fh = self.vfs.open(node, flags, caller)
         return FileInfo(fh=fh, direct_io=True, keep_cache=False)
 
     @_guard
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         data = self.vfs.read_now(fh, size, off)
-        if data is not None:
-            return data
+        if data is None:
+            data = await Call(self.read_on_trio, fh, size, off)
+        return data
+
+    async def read_on_trio(self, fh: int, size: int, off: int) -> bytes:
         file = self.vfs.file(fh)
-        if file.ops.is_stream and self.interrupts is not None:
+        if file.ops.is_stream:
             return await self.interrupts.guard(file.caller.pid, self.vfs.read, fh, size, off)
         return await self.vfs.read(fh, size, off)
 
     @_guard
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        return await self.vfs.write(fh, buf, off)
+        written: int = await Call(self.vfs.write, fh, buf, off)
+        return written
 
     @_guard
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
@@ -386,11 +407,16 @@ class _Operations(pyfuse3.Operations):
         poll_handle: pyfuse3.PollHandle | None,
         ctx: RequestContext,
     ) -> int:
-        return self.vfs.poll(fh, functools.partial(_wake, poll_handle) if poll_handle is not None else None)
+        wake = functools.partial(_wake, poll_handle) if poll_handle is not None else None
+        mask: int = await SyncCall(self.vfs.poll, fh, wake)
+        return mask
 
     @_guard
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        self.vfs.release(fh)
+        if self.vfs.has_hooks(self.vfs.file(fh).node):
+            await SyncCall(self.vfs.release, fh)
+        else:
+            self.vfs.release(fh)
 
     # -- directories ---------------------------------------------------------------------------------------------------
 
@@ -401,12 +427,19 @@ class _Operations(pyfuse3.Operations):
     @_guard
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         parent = self.vfs.dir_node(fh)
-        for name, node, position in self.vfs.readdir(fh, start_id):
+        if parent.provider is None:
+            entries = self.vfs.readdir(fh, start_id)
+        else:
+            entries = await SyncCall(self.vfs.readdir, fh, start_id)
+        for name, node, position in entries:
+            # "." and ".." do not count as look-ups
+            if position > 2 and not self.remember(node):
+                continue
             attr = self.attributes(node, parent)
             if not pyfuse3.readdir_reply(token, os.fsencode(name), attr, position):
+                if position > 2:
+                    self.drop(self.vfs.ino(node), 1)
                 break
-            if position > 2:  # "." and ".." do not count as look-ups
-                self.remember(node)
 
     @_guard
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
@@ -458,22 +491,20 @@ async def serve(
     if _serving:
         raise MountError(errno.EBUSY, "pyfuse3 serves one mount per process")
     check_mountpoint(mountpoint)
-    fd = passed_fd(mountpoint)
+    passed = passed_fd(mountpoint) is not None
     operations = _Operations(vfs, options)
-    before = fuse_fds()
     _serving = True
     try:
         try:
-            pyfuse3.init(operations, mountpoint, set(options.flags()) if fd is None else set())
+            pyfuse3.init(operations, mountpoint, set() if passed else options.flags())
         except RuntimeError as exc:
             raise MountError(errno.EIO, f"{mountpoint}: {exc}") from None
         try:
-            if fd is None:
-                fd = next(iter(fuse_fds() - before), None)
-            await _run(operations, fd, options, task_status)
+            with quick_threads():
+                await _run(operations, task_status)
         finally:
             pyfuse3.close(unmount=True)
-            if passed_fd(mountpoint) is None:
+            if not passed:
                 # libfuse leaves a mount whose connection was aborted
                 try:
                     clear_dead_mount(mountpoint)
@@ -483,38 +514,34 @@ async def serve(
         _serving = False
 
 
-async def _run(operations: _Operations, fd: int | None, options: Options, task_status: trio.TaskStatus[None]) -> None:
-    interrupts = operations.interrupts = Interrupts(options.proc, fd)
+async def _run(operations: _Operations, task_status: trio.TaskStatus[None]) -> None:
     listeners = operations.vfs.kernfs.listeners
     ended = trio.Event()
-    serving = trio.CancelScope(shield=True)
 
-    async def loop() -> None:
+    async def thread(loop: Loop) -> None:
         try:
-            with serving:
-                await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(loop.run, limiter=trio.CapacityLimiter(1))
         finally:
             ended.set()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(loop)
-        nursery.start_soon(interrupts.run)
-        listeners.append(operations)
+    async with trio.open_nursery() as outer:
         try:
-            task_status.started()
-            await ended.wait()
+            async with trio.open_nursery() as calls:
+                loop = Loop(calls)
+                outer.start_soon(thread, loop)
+                calls.start_soon(operations.interrupts.run)
+                listeners.append(operations)
+                try:
+                    task_status.started()
+                    await ended.wait()
+                finally:
+                    listeners.remove(operations)
+                    operations.closing = True
+                    # An invalidation under way needs the loop: it ends, or the connection does.
+                    with trio.CancelScope(shield=True):
+                        await operations.wait_quiet()
+                    calls.cancel_scope.cancel()
         finally:
-            listeners.remove(operations)
-            operations.closing = True
-            # An invalidation under way needs the loop; it ends, or the connection does.
-            with trio.CancelScope(shield=True):
-                async with trio.open_nursery() as waiting:
-
-                    async def until(wait: Callable[[], Awaitable[None]]) -> None:
-                        await wait()
-                        waiting.cancel_scope.cancel()
-
-                    waiting.start_soon(until, operations.wait_quiet)
-                    waiting.start_soon(until, ended.wait)
-            serving.cancel()
-            nursery.cancel_scope.cancel()
+            # all calls have been answered by now
+            loop.stop()

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from klpfs.kernfs.files import Caller, OpenFile
+from klpfs.kernfs.files import Caller, FileOps, OpenFile
 from klpfs.kernfs.tree import Kernfs, KernfsNode
 
 __all__ = ["ROOT_INO", "SetAttr", "StatFs", "Vfs"]
@@ -243,6 +243,14 @@ class Vfs:
         _fail(errno.EACCES)
 
     # -- files ---------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def has_hooks(node: KernfsNode) -> bool:
+        """Whether opening or closing *node* calls code of the file's own, which wants the trio thread."""
+        if node.ops is None:
+            return False
+        kind = type(node.ops)
+        return kind.open is not FileOps.open or kind.release is not FileOps.release
 
     def open(self, node: KernfsNode, flags: int, caller: Caller) -> int:
         """Open a file; a handle. O_TRUNC and O_APPEND mean nothing here.
