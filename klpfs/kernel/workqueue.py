@@ -29,16 +29,30 @@ log = logging.getLogger(__name__)
 
 
 class Work:
-    """``struct work_struct``. *fn* is the work function; *name* is what a kworker shows while it runs it."""
+    """``struct work_struct``. *fn* is the work function; *name* is what a kworker shows while it runs it.
+
+    ``pending``: queued, or about to be when its timer expires; ``running``: *worker* runs *fn* now. Both may hold.
+    """
 
     def __init__(self, fn: Callable[[], Awaitable[None]], name: str) -> None:
         self.fn = fn
         self.name = name
         self.pending = False
         self.running = False
-        self.done = trio.Event()
-        self.done.set()
         self.worker: Task | None = None
+        self.runs = 0
+        """How often it has run to its end."""
+        self._canceling = 0
+        self._changed = trio.Event()
+
+    @property
+    def queued(self) -> bool:
+        """Whether nothing but a free worker is missing for it to run."""
+        return self.pending
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
 
 
 class DelayedWork(Work):
@@ -47,6 +61,11 @@ class DelayedWork(Work):
     def __init__(self, fn: Callable[[], Awaitable[None]], name: str) -> None:
         super().__init__(fn, name)
         self.timer: trio.CancelScope | None = None
+
+    @property
+    def queued(self) -> bool:
+        """Whether it is pending and its timer has expired."""
+        return self.pending and self.timer is None
 
 
 class Workqueue:
@@ -69,24 +88,27 @@ class Workqueue:
         task.stack = [*self._sched.frames("worker_thread"), *task.stack]
         return task
 
-    def schedule_work(self, work: Work) -> bool:
-        """Queue *work*; False if it was pending already."""
-        if work.pending:
-            return False
-        work.pending = True
-        if work.done.is_set():
-            work.done = trio.Event()
+    def _queue(self, work: Work) -> None:
+        # a running instance is followed by the next one on the same worker
         if not work.running:
             detached(self._nursery, self._run, work, name=f"work {work.name}")
+
+    def schedule_work(self, work: Work) -> bool:
+        """Queue *work*; False if it was pending already, or somebody waits for its end in :meth:`cancel_work_sync`."""
+        if work.pending or work._canceling:
+            return False
+        work.pending = True
+        self._queue(work)
         return True
 
     def schedule_delayed_work(self, work: DelayedWork, delay: float) -> bool:
-        """Queue *work* after *delay* seconds; False if it was pending already."""
-        if work.pending:
+        """Queue *work* after *delay* seconds; False as for :meth:`schedule_work`."""
+        if work.pending or work._canceling:
             return False
         work.pending = True
-        if work.done.is_set():
-            work.done = trio.Event()
+        if delay <= 0:
+            self._queue(work)
+            return True
         work.timer = trio.CancelScope()
         detached(self._nursery, self._timer, work, delay, work.timer, name=f"timer {work.name}")
         return True
@@ -95,45 +117,53 @@ class Workqueue:
         """Take *work* off the queue; whether it was pending. A running instance goes on (see :meth:`flush_work`)."""
         was = work.pending
         work.pending = False
-        if isinstance(work, DelayedWork) and work.timer is not None:
-            work.timer.cancel()
-            work.timer = None
-        if was and not work.running:
-            work.done.set()
+        self._stop_timer(work)
+        work._tell()
         return was
 
-    async def flush_work(self, work: Work) -> bool:
-        """Wait until *work* is neither pending nor running; whether there was anything to wait for."""
-        if work.done.is_set():
+    @staticmethod
+    def _stop_timer(work: Work) -> bool:
+        if not isinstance(work, DelayedWork) or work.timer is None:
             return False
-        if isinstance(work, DelayedWork) and work.timer is not None:
-            # flush_delayed_work() runs what waits for its timer at once
-            work.timer.cancel()
-            work.timer = None
-            if not work.running:
-                detached(self._nursery, self._run, work, name=f"work {work.name}")
-        while not work.done.is_set():
-            await work.done.wait()
+        work.timer.cancel()
+        work.timer = None
+        return True
+
+    async def flush_work(self, work: Work) -> bool:
+        """Wait for the end of the instance of *work* that was queued last; whether there was any.
+
+        One that waits for its timer is queued at once (``flush_delayed_work``). Should it queue itself again, that
+        instance is not waited for.
+        """
+        if self._stop_timer(work):
+            self._queue(work)
+        if not work.pending and not work.running:
+            return False
+        last = work.runs + work.pending + work.running
+        while work.runs < last and (work.pending or work.running):
+            await work._changed.wait()
         return True
 
     async def cancel_work_sync(self, work: Work) -> bool:
-        """Cancel *work* and wait for a running instance; whether it was pending."""
+        """Cancel *work* and wait for a running instance, which cannot queue it again; whether it was pending."""
         was = self.cancel_work(work)
-        while work.running:
-            await work.done.wait()
+        work._canceling += 1
+        try:
+            while work.running:
+                await work._changed.wait()
+        finally:
+            work._canceling -= 1
         return was
 
     async def _timer(self, work: DelayedWork, delay: float, scope: trio.CancelScope) -> None:
         with scope:
             await self._clock.sleep(delay)
-        if scope.cancelled_caught or work.timer is not scope:
-            return
-        work.timer = None
-        if work.pending and not work.running:
+        if work.timer is scope:
+            work.timer = None
             await self._run(work)
 
     async def _run(self, work: Work) -> None:
-        if not work.pending or work.running:
+        if not work.queued or work.running:
             return
         work.running = True
         work.worker = task = self._worker()
@@ -141,17 +171,18 @@ class Workqueue:
         task.stack = [*self._sched.frames("process_one_work"), *idle_stack]
         try:
             with self._sched.running(task):
-                while work.pending:
+                while work.queued:
                     work.pending = False
                     try:
                         await work.fn()
                     except Exception:
                         log.exception("work %s failed", work.name)
+                    work.runs += 1
+                    work._tell()
         finally:
             work.running = False
             work.worker = None
             task.stack = idle_stack
             if task.alive:
                 self._idle.appendleft(task)
-            if not work.pending:
-                work.done.set()
+            work._tell()
