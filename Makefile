@@ -14,8 +14,10 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 # More for pytest, such as: make test ARGS='-k replace'
 ARGS ?=
+# Parts of names of scripts for conformance
+ONLY ?=
 
-.PHONY: help demo test lint format bench install clean
+.PHONY: help demo test conformance lint format bench install clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +36,9 @@ lint: install ## ruff and mypy
 format: install ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+conformance: install $(VENV)/.packages-conformance ## The twins and the kernel's own selftests; some: ONLY=twin-05
+	$(BIN)/python tools/conformance/run $(ONLY)
 
 bench: install $(VENV)/.packages-bench ## Measure, as ratios within one run; results also in build/bench.json
 	@mkdir -p build
