@@ -148,6 +148,7 @@ def command(
         allow_other=True if "allow_other" in given else False if "noallow_other" in given else None,
         log=os.path.abspath(log) if log else "",
         debug="debug" in given,
+        foreground=foreground,
     )
     if foreground:
         return run_in_foreground(config)

@@ -54,7 +54,8 @@ def command(directory: str, lazy: bool) -> None:
     """Unmount DIR and wait for its daemon to end.
 
     A mount whose daemon died ("transport endpoint is not connected") is recognised and cleared. umount(8) and
-    fusermount3(1) may be used just as well: the daemon ends with its mount.
+    fusermount3(1) may be used just as well: the daemon ends with its mount. With --lazy it ends when the last user of
+    the mount is gone, and is not waited for.
     """
     from klpfs.control.runtime import all_entries, normalize, remove_entry
     from klpfs.drivers.common import mount_state, unmount
@@ -79,7 +80,7 @@ def command(directory: str, lazy: bool) -> None:
             tail = tail if os.path.exists(entry.log) else ""
         who = f" (pid {entry.pid})" if entry else ""
         click.echo(f"klpfs: {directory}: dead mount cleared: its daemon{who} was gone{tail}", err=True)
-    elif entry is not None and not _wait_gone(entry.pid):
+    elif entry is not None and not lazy and not _wait_gone(entry.pid):
         raise common.CliError(
             f"{directory}: unmounted, but its daemon (pid {entry.pid}) has not ended after {PATIENCE:g} s",
             common.EXIT_MOUNT,

@@ -1,8 +1,9 @@
 """The process behind a mount: start-up, signals, clean end.
 
 The daemon is forked before anything heavy is imported. It reports once through a pipe: that the mount can be used, or
-why not; until then its standard error is the caller's, afterwards its log file. It ends when the mount is taken away
-from outside, on SIGTERM, SIGINT or SIGHUP, and on a ``shutdown`` request, and leaves neither mount nor registry entry.
+why not. Until then its standard error is the caller's, for what libraries have to say; afterwards it is its log file.
+It ends when the mount is taken away from outside, on SIGTERM, SIGINT or SIGHUP, and on a ``shutdown`` request, and
+leaves neither mount nor registry entry.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class MountConfig(msgspec.Struct, kw_only=True):
     """What ``klpfs mount`` was asked for.
 
-    ``mountpoint`` is absolute; ``subtree`` a path in the tree, or empty; ``log`` is empty for one in the runtime
-    directory; ``options`` are those of ``-o`` that go to the FUSE library.
+    ``mountpoint`` is absolute; ``subtree`` a path in the tree, or empty; ``log`` is empty for the default: a file in
+    the runtime directory, or standard error in the foreground; ``options`` are those of ``-o`` that go to the FUSE
+    library.
     """
 
     mountpoint: str
@@ -51,6 +53,7 @@ class MountConfig(msgspec.Struct, kw_only=True):
     allow_other: bool | None = None
     log: str = ""
     debug: bool = False
+    foreground: bool = False
 
 
 class Report(msgspec.Struct):
@@ -71,12 +74,10 @@ class StartError(Exception):
 
 
 def serve_mount(config: MountConfig, report: Callable[[Report], None]) -> int:
-    """Serve a mount in this process until it ends; the exit status. ``report`` is called exactly once."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if config.debug else logging.INFO,
-        format="%(asctime)s %(name)s %(levelname)s: %(message)s",
-    )
+    """Serve a mount in this process until it ends; the exit status. ``report`` is called exactly once.
+
+    What is logged goes to the log file, or to standard error in the foreground.
+    """
     try:
         directory = runtime.make_runtime_dir()
         name = runtime.new_name(os.getpid())
@@ -89,14 +90,31 @@ def serve_mount(config: MountConfig, report: Callable[[Report], None]) -> int:
             kernel=config.kernel,
             version=__version__,
             started=time.time(),
-            log=config.log or str(directory / f"{name}.log"),
+            log=config.log or ("" if config.foreground else str(directory / f"{name}.log")),
         )
+        _start_log(entry.log, debug=config.debug)
         return _run(config, entry, report)
     except StartError as err:
         report(Report(err.kind, str(err)))
     except runtime.RuntimeDirError as err:
         report(Report("failed", str(err)))
     return 1
+
+
+def _start_log(path: str, *, debug: bool) -> None:
+    """Log to the file ``path``, private to the user, or to standard error if it is empty. Raises StartError."""
+    stream = sys.stderr
+    if path:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as err:
+            raise StartError("failed", f"log {path}: {err.strerror}") from None
+        stream = os.fdopen(fd, "a", encoding="utf-8")
+    logging.basicConfig(
+        stream=stream,
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(name)s %(levelname)s: %(message)s",
+    )
 
 
 def _run(config: MountConfig, entry: runtime.Entry, report: Callable[[Report], None]) -> int:
@@ -126,7 +144,8 @@ def _run(config: MountConfig, entry: runtime.Entry, report: Callable[[Report], N
         if ready or failure is None:
             log.exception("the daemon failed")
             if not ready:
-                raise StartError("failed", f"the daemon failed: {_innermost(err)!r}") from None
+                where = f"; its log is {entry.log}" if entry.log else ""
+                raise StartError("failed", f"the daemon failed: {_innermost(err)!r}{where}") from None
             return 1
         raise failure from None
     finally:
@@ -168,10 +187,11 @@ def spawn(config: MountConfig) -> Report:
     pid = os.fork()
     if pid == 0:
         _child(config, reader, writer)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(writer)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         report = _await_report(reader)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # done: there is nothing left to interrupt
     except BaseException:
         os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)

@@ -222,7 +222,7 @@ def listen(path: str) -> socket.socket:
         with reachable(path) as short:
             sock.bind(short)
         os.chmod(path, 0o600)
-        sock.listen(64)
+        sock.listen(MAX_CONNECTIONS)
         sock.setblocking(False)
     except BaseException:
         sock.close()
