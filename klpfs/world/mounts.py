@@ -1,0 +1,178 @@
+"""Mounts of a world: the FUSE tree at the literal paths, with what the host has beside it.
+
+Model
+    The FUSE file system is mounted once, over /proc, on top of a procfs of the world's PID namespace; then its parts
+    are bound to where they belong, /proc last, which hides the rest. What the host has in /sys/kernel is bound back
+    into directories and files that the daemon made for the purpose. Everything happens in the world's own mount
+    namespace.
+
+    The procfs stays reachable at ``/proc/.klpfs/proc``, where the symbolic links of the FUSE /proc lead, and a private
+    tmpfs at ``/proc/.klpfs/run`` holds the control socket.
+
+Locks
+    None: one thread, before the command starts. Each path into the FUSE tree waits for the daemon.
+
+Source
+    mount(2), mount_namespaces(7), fs/fuse/inode.c (``fuse_fill_super_common``: the namespace that opened /dev/fuse must
+    be the one that mounts), fs/namespace.c (``mount_too_revealing``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from klpfs.world import sysapi
+
+__all__ = ["HIDDEN", "WorldError", "bind_host_entries", "mount_fuse", "mount_proc", "overlay_dir", "place_tree"]
+
+#: The directory below /proc that is not listed: ``proc`` is a procfs, ``run`` a tmpfs.
+HIDDEN = ".klpfs"
+
+
+class WorldError(Exception):
+    """The world could not be made; the message is for the user, complete with what to do about it."""
+
+
+def mount_proc() -> int:
+    """A procfs of this PID namespace over /proc; a descriptor (O_PATH) of its root. Raises WorldError."""
+    flags = sysapi.MS_NOSUID | sysapi.MS_NODEV | sysapi.MS_NOEXEC
+    try:
+        sysapi.mount("proc", "/proc", "proc", flags)
+    except OSError as err:
+        hint = ""
+        if err.errno == errno.EPERM:
+            hint = (
+                " (the kernel refuses a new /proc where parts of the present one are hidden, as container runtimes do:"
+                " docker run --security-opt systempaths=unconfined, podman run --security-opt unmask=ALL;"
+                " on hosts with AppArmor also check kernel.apparmor_restrict_unprivileged_userns)"
+            )
+        raise WorldError(f"cannot mount /proc: {err.strerror}{hint}") from None
+    return os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def mount_fuse() -> int:
+    """Mount the emulated tree over /proc; the /dev/fuse descriptor to serve it on. Raises WorldError."""
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as err:
+        hints = {
+            errno.ENOENT: "load the fuse module (modprobe fuse); a container needs --device /dev/fuse",
+            errno.ENODEV: "load the fuse module (modprobe fuse)",
+            errno.EACCES: "an administrator can allow it: chmod 666 /dev/fuse, and for good a udev rule"
+            ' (KERNEL=="fuse", MODE="0666"), which the package fuse3 brings',
+            errno.EPERM: "the container's device rules forbid it: start it with --device /dev/fuse",
+        }
+        hint = hints.get(err.errno or 0, "")
+        raise WorldError(f"cannot open /dev/fuse: {err.strerror}" + (f"; {hint}" if hint else "")) from None
+    data = f"fd={fd},rootmode=40755,user_id=0,group_id=0,allow_other,default_permissions"
+    try:
+        sysapi.mount("klpfs", "/proc", "fuse.klpfs", sysapi.MS_NOSUID | sysapi.MS_NODEV, data)
+    except OSError as err:
+        raise WorldError(f"cannot mount a FUSE file system: {err.strerror}") from None
+    return fd
+
+
+def _try_bind(source: str, target: str) -> bool:
+    """Bind if both are there and may be; whether it worked."""
+    try:
+        sysapi.bind(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def bind_host_entries(host: int, target: str) -> None:
+    """Bind entries of the directory *host* (a descriptor) over those of the same name that stand for them in *target*.
+
+    The daemon made those entries, with no permission bits at all; other directories are gone through in search of more.
+    """
+    with os.scandir(target) as entries:
+        present = [(entry.name, entry.stat(follow_symlinks=False).st_mode) for entry in entries]
+    os.fchdir(host)
+    for name, mode in present:
+        if stat.S_IMODE(mode) == 0:
+            _try_bind(f"./{name}", f"{target}/{name}")
+    for name, mode in present:
+        if stat.S_IMODE(mode) and stat.S_ISDIR(mode):
+            try:
+                inner = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=host)
+            except OSError:
+                continue  # the emulated kernel alone has it
+            bind_host_entries(inner, f"{target}/{name}")
+            os.close(inner)
+            os.fchdir(host)
+
+
+def overlay_dir(path: str, *, leave_out: frozenset[str] = frozenset(), mode: str = "755") -> None:
+    """Replace the directory *path* by a tmpfs in which everything that was there is bound or linked again.
+
+    Names in *leave_out* are not. Raises OSError.
+    """
+    host = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with os.scandir(path) as entries:
+            found = [(e.name, e.stat(follow_symlinks=False)) for e in entries]
+        sysapi.mount("klpfs", path, "tmpfs", sysapi.MS_NOSUID | sysapi.MS_NODEV, f"mode={mode}")
+        os.fchdir(host)
+        for name, st in found:
+            target = f"{path}/{name}"
+            if name in leave_out:
+                continue
+            if stat.S_ISLNK(st.st_mode):
+                os.symlink(os.readlink(name, dir_fd=host), target)
+            elif stat.S_ISDIR(st.st_mode):
+                os.mkdir(target)
+                _try_bind(f"./{name}", target)
+            else:
+                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                _try_bind(f"./{name}", target)
+        os.fchdir(here)
+    finally:
+        os.close(host)
+        os.close(here)
+
+
+def _bind_kmsg(source: str) -> None:
+    """The emulated /dev/kmsg, also where the host (a container) has none."""
+    try:
+        sysapi.bind(source, "/dev/kmsg")
+    except FileNotFoundError:
+        overlay_dir("/dev")
+        os.close(os.open("/dev/kmsg", os.O_CREAT | os.O_WRONLY, 0o644))
+        sysapi.bind(source, "/dev/kmsg")
+
+
+def place_tree(proc: int, *, report: Callable[[int], None]) -> None:
+    """Bind the parts of the tree at /proc to where they belong; *proc* is the descriptor of the procfs.
+
+    *report* is given a descriptor (O_PATH) of the private tmpfs, before /proc is covered. Raises WorldError.
+    """
+    try:
+        os.listdir("/proc/sys/kernel")  # one READDIRPLUS instead of a LOOKUP for each name below
+        kernel = os.open("/sys/kernel", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        sysapi.bind("/proc/sys/kernel", "/sys/kernel")
+        bind_host_entries(kernel, "/sys/kernel")
+        os.close(kernel)
+        if os.path.isdir("/sys/module"):
+            sysapi.bind("/proc/sys/module", "/sys/module")
+        else:  # a kernel without modules at all
+            overlay_dir("/sys")
+            os.mkdir("/sys/module")
+            sysapi.bind("/proc/sys/module", "/sys/module")
+        _bind_kmsg("/proc/dev/kmsg")
+        hidden = f"/proc/proc/{HIDDEN}"
+        os.fchdir(proc)
+        sysapi.bind(".", f"{hidden}/proc")
+        sysapi.mount("klpfs", f"{hidden}/run", "tmpfs", sysapi.MS_NOSUID | sysapi.MS_NODEV, "mode=755,size=1m")
+        run = os.open(f"{hidden}/run", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        report(run)
+        os.close(run)
+        sysapi.bind("/proc/proc", "/proc")
+    except OSError as err:
+        if err.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise WorldError("the daemon ended while the world was being made") from None
+        raise WorldError(f"cannot set up {err.filename or 'the tree'}: {err.strerror}") from None

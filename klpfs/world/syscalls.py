@@ -1,0 +1,418 @@
+"""What each supervised system call answers.
+
+Model
+    Loading and removing modules, and the log, go to the emulated machine; ``uname`` gets its release and version. Calls
+    that name a pid below 300 or above the host's largest are about emulated tasks, unless the caller lives in a PID
+    namespace of its own, where such a pid is its own business. ``lseek`` matters for /dev/kmsg alone, which is a FUSE
+    file, whose server is not told of seeks: the offset of the open file is set to a number by which it can tell.
+
+    System calls named by ``--trap`` go to the host as long as nobody replaces the function behind them.
+
+Locks
+    ``fast`` handlers run in the supervisor's thread and touch nothing of the core but plain values. The others run on
+    the trio thread, one task for each call.
+
+Source
+    kernel/module/main.c (``init_module``, ``finit_module``, ``copy_module_from_user``), kernel/module/decompress.c,
+    kernel/printk/printk.c (``do_syslog``), kernel/sys.c (``newuname``), kernel/signal.c, kernel/pid.c (``pidfd_open``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import threading
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from klpfs.kernel.kmsg import Syslog
+from klpfs.kernfs import STREAM_SEEK_DATA, STREAM_SIZE
+from klpfs.world import sysapi
+from klpfs.world.bpf import AUDIT_ARCH_I386, FIRST_HIGH_PID, RESERVED_PIDS, SEEK_DATA
+from klpfs.world.hostproc import CAP_SYS_MODULE, CAP_SYSLOG
+
+if TYPE_CHECKING:
+    from klpfs.drivers.common import Interrupts
+    from klpfs.kernel.sched import Task
+    from klpfs.machine import Machine
+    from klpfs.world.hostproc import HostProc
+    from klpfs.world.notify import Call, Supervisor
+    from klpfs.world.tasks import WorldTasks
+
+__all__ = ["Syscalls"]
+
+MODULE_NAME_LEN: Final = 56
+MODULE_INIT_COMPRESSED_FILE: Final = 4
+MODULE_INIT_FLAGS: Final = 1 | 2 | MODULE_INIT_COMPRESSED_FILE
+ELF_HEADER_SIZE: Final = 64
+#: No module is that large; what claims to be is not copied. Bytes.
+MODULE_SIZE_MAX: Final = 1 << 28
+#: Longest parameter string that is read, in bytes (the kernel takes any).
+ARGS_MAX: Final = 1 << 20
+PER_MASK, PER_LINUX32 = 0xFF, 0x08
+
+
+def _fail(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def decompress(data: bytes) -> bytes:
+    """A compressed module as the kernel unpacks it. Raises OSError: EINVAL for none, EOPNOTSUPP for zstd."""
+    import lzma
+    import zlib
+
+    try:
+        if data[:2] == b"\x1f\x8b":
+            return zlib.decompressobj(31).decompress(data, MODULE_SIZE_MAX)
+        if data[:6] == b"\xfd7zXZ\0":
+            return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(data, MODULE_SIZE_MAX)
+    except (zlib.error, lzma.LZMAError):
+        raise _fail(errno.EINVAL) from None
+    raise _fail(errno.EOPNOTSUPP if data[:4] == b"\x28\xb5\x2f\xfd" else errno.EINVAL)
+
+
+class Syscalls:
+    """The handlers of one world."""
+
+    def __init__(
+        self, machine: Machine, proc: HostProc, tasks: WorldTasks, interrupts: Interrupts, *, traps: tuple[str, ...]
+    ) -> None:
+        self.machine = machine
+        self.proc = proc
+        self.tasks = tasks
+        self.interrupts = interrupts
+        self.syslog_state = Syslog(machine.printk)
+        self._pidfds: dict[int, Task] = {}
+        self._own_uts = os.stat("/proc/self/ns/uts").st_ino
+        self._own_depth = len(self.proc.status(1)["NSpid"].split())
+        self._pid_ns = self.proc.readlink("1/ns/pid")
+        self._addresses: dict[str, int] = {}
+        for name in traps:
+            # the entry that the kernel's table holds; what is behind it may be patched as well
+            found = machine.kallsyms.on_each_match_symbol(f"__x64_sys_{name}")
+            if found:
+                self._addresses[name] = found[0]
+        self._hooked: frozenset[str] = frozenset()
+        machine.ftrace.on_patched.append(self._patched)
+
+    def register(self, supervisor: Supervisor) -> None:
+        """Enter the handlers into *supervisor*."""
+        supervisor.fast["uname"] = self.uname
+        supervisor.fast["lseek"] = self.lseek
+        supervisor.fast["pidfd_send_signal"] = self.no_pidfd
+        for name in self._addresses:
+            supervisor.fast[name] = self.not_hooked
+            supervisor.slow[name] = self.trapped
+        supervisor.slow.update(
+            {
+                "init_module": self.init_module,
+                "finit_module": self.finit_module,
+                "delete_module": self.delete_module,
+                "syslog": self.syslog,
+                "kill": self.kill,
+                "tkill": self.kill,
+                "tgkill": self.tgkill,
+                "rt_sigqueueinfo": self.kill,
+                "rt_tgsigqueueinfo": self.tgkill,
+                "pidfd_open": self.pidfd_open,
+                "pidfd_send_signal": self.pidfd_send_signal,
+            }
+        )
+
+    # -- who calls ----------------------------------------------------------------------------------------------------
+
+    def tid(self, call: Call) -> int:
+        """The caller's thread id in the world. Raises OSError(ESRCH) when it has died."""
+        try:
+            with open(f"/proc/{call.pid}/status", "rb") as file:
+                line = next(line for line in file if line.startswith(b"NSpid:"))
+            return int(line.split()[self._own_depth])
+        except (OSError, StopIteration, IndexError):
+            raise _fail(errno.ESRCH) from None
+
+    def _may(self, call: Call, cap: int) -> int:
+        """The caller's thread id, if it has the capability. Raises OSError(EPERM)."""
+        tid = self.tid(call)
+        if not self.proc.capable(tid, cap):
+            raise _fail(errno.EPERM)
+        return tid
+
+    def _elsewhere(self, call: Call) -> bool:
+        """Whether the caller lives in a PID namespace below the world's."""
+        try:
+            return os.readlink(f"/proc/{call.pid}/ns/pid") != self._pid_ns
+        except OSError:
+            return False
+
+    # -- modules ------------------------------------------------------------------------------------------------------
+
+    async def _load(self, call: Call, tid: int, data: bytes, args: bytes, flags: int) -> None:
+        with self.tasks.in_kernel(self.tasks.ensure(tid)):
+            await self.machine.init_module(data, args.decode("latin-1"), flags=flags)
+        call.answer(0)
+
+    async def init_module(self, call: Call) -> None:
+        """``init_module(image, length, parameters)``."""
+        tid = self._may(call, CAP_SYS_MODULE)
+        image, length, parameters = call.args[:3]
+        if length < ELF_HEADER_SIZE:
+            raise _fail(errno.ENOEXEC)
+        if length > MODULE_SIZE_MAX:
+            raise _fail(errno.ENOMEM)
+        data = await trio.to_thread.run_sync(call.read, image, length)
+        await self._load(call, tid, data, call.read_string(parameters, ARGS_MAX), 0)
+
+    async def finit_module(self, call: Call) -> None:
+        """``finit_module(fd, parameters, flags)``."""
+        tid = self._may(call, CAP_SYS_MODULE)
+        flags = call.int_arg(2)
+        if flags & ~MODULE_INIT_FLAGS:
+            raise _fail(errno.EINVAL)
+        # in a thread: the file may lie in the emulated tree, and waits for this one then
+        data = await trio.to_thread.run_sync(self._read_file, call, call.int_arg(0))
+        if flags & MODULE_INIT_COMPRESSED_FILE:
+            data = await trio.to_thread.run_sync(decompress, data)
+        await self._load(call, tid, data, call.read_string(call.args[1], ARGS_MAX), flags)
+
+    @staticmethod
+    def _read_file(call: Call, number: int) -> bytes:
+        """``kernel_read_file``."""
+        fd = call.dup_fd(number)
+        try:
+            st = os.fstat(fd)
+            if not stat.S_ISREG(st.st_mode):
+                raise _fail(errno.EINVAL)
+            if st.st_size > MODULE_SIZE_MAX:
+                raise _fail(errno.EFBIG)
+            parts = []
+            offset = 0
+            while piece := os.pread(fd, 1 << 20, offset):
+                parts.append(piece)
+                offset += len(piece)
+            if not parts:
+                raise _fail(errno.EINVAL)
+            return b"".join(parts)
+        finally:
+            os.close(fd)
+
+    async def delete_module(self, call: Call) -> None:
+        """``delete_module(name, flags)``."""
+        tid = self._may(call, CAP_SYS_MODULE)
+        name = call.read_string(call.args[0], MODULE_NAME_LEN)
+        if not name or len(name) >= MODULE_NAME_LEN:
+            raise _fail(errno.ENOENT)
+        with self.tasks.in_kernel(self.tasks.ensure(tid)):
+            await self.machine.delete_module(name.decode("latin-1"), call.int_arg(1))
+        call.answer(0)
+
+    # -- the log ------------------------------------------------------------------------------------------------------
+
+    async def syslog(self, call: Call) -> None:
+        """``syslog(action, buffer, length)``."""
+        action, buffer, length = call.int_arg(0), call.args[1], call.int_arg(2)
+        tid = self.tid(call)
+        privileged = self.proc.capable(tid, CAP_SYSLOG)
+
+        async def work() -> int | bytes:
+            return await self.syslog_state.syslog(action, length, buffer=bool(buffer), privileged=privileged)
+
+        result = await self.interrupts.guard(tid, work)
+        if isinstance(result, bytes):
+            call.write(buffer, result)
+            result = len(result)
+        call.answer(result)
+
+    def lseek(self, call: Call) -> bool:
+        """``lseek(fd, 0, SEEK_DATA or SEEK_END)``."""
+        try:
+            path = os.readlink(f"/proc/{call.pid}/fd/{call.int_arg(0)}")
+        except OSError:
+            path = ""
+        if path != "/dev/kmsg" or call.args[1]:
+            call.proceed()
+            return True
+        fd = call.dup_fd(call.int_arg(0))
+        try:
+            # the offset belongs to the open file, which this descriptor shares; the next read brings it to the server
+            os.lseek(fd, STREAM_SEEK_DATA if call.int_arg(2) == SEEK_DATA else STREAM_SIZE, os.SEEK_SET)
+        finally:
+            os.close(fd)
+        call.answer(0)
+        return True
+
+    # -- uname --------------------------------------------------------------------------------------------------------
+
+    def uname(self, call: Call) -> bool:
+        """``uname(buffer)``: release and version are the emulated kernel's, the names those of the caller's namespace."""
+        own = os.uname()
+        node, domain = own.nodename, ""
+        try:
+            uts = os.stat(f"/proc/{call.pid}/ns/uts").st_ino
+            if uts == self._own_uts:
+                with open("/proc/sys/kernel/domainname") as file:
+                    domain = file.read().strip()
+            else:
+                node, domain = _names_in(call.pid)
+            with open(f"/proc/{call.pid}/personality") as file:
+                personality = int(file.read(), 16)
+        except OSError:
+            personality = 0
+        machine = own.machine
+        if machine == "x86_64" and (personality & PER_MASK == PER_LINUX32 or call.arch == AUDIT_ARCH_I386):
+            machine = "i686" if personality & PER_MASK == PER_LINUX32 else machine
+        profile = self.machine.profile
+        fields = (own.sysname, node, profile.release, profile.kernel_version, machine, domain)
+        call.write(call.args[0], struct.pack("65s" * 6, *(f.encode()[:64] for f in fields)))
+        call.answer(0)
+        return True
+
+    # -- signals to emulated tasks ------------------------------------------------------------------------------------
+
+    async def _signal(self, call: Call, pid: int, sig: int, tgid: int | None = None) -> None:
+        tid = self.tid(call)
+        if self._elsewhere(call):
+            call.proceed()
+            return
+        sched = self.machine.sched
+        task = sched.tasks.get(pid)
+        if task is None or (tgid is not None and task.tgid != tgid):
+            raise _fail(errno.ESRCH)
+        if not 0 <= sig <= 64:
+            raise _fail(errno.EINVAL)
+        if self.proc.status(tid)["Uid"].split()[1] != self._root_uid():
+            raise _fail(errno.EPERM)
+        sched.signal(task, sig)
+        call.answer(0)
+
+    def _root_uid(self) -> str:
+        """The uid of the world's root, as the procfs shows it to the daemon."""
+        return self.proc.status(1)["Uid"].split()[1]
+
+    async def kill(self, call: Call) -> None:
+        """``kill``, ``tkill``, ``rt_sigqueueinfo`` of an emulated task."""
+        await self._signal(call, call.int_arg(0), call.int_arg(1))
+
+    async def tgkill(self, call: Call) -> None:
+        """``tgkill``, ``rt_tgsigqueueinfo`` of an emulated task."""
+        tgid, pid = call.int_arg(0), call.int_arg(1)
+        if tgid <= 0 or pid <= 0:
+            raise _fail(errno.EINVAL)
+        await self._signal(call, pid, call.int_arg(2), tgid)
+
+    async def pidfd_open(self, call: Call) -> None:
+        """``pidfd_open`` of an emulated task: an eventfd that stands for it and becomes readable when it ends."""
+        pid, flags = call.int_arg(0), call.args[1] & 0xFFFFFFFF
+        if self._elsewhere(call):
+            call.proceed()
+            return
+        if flags & ~os.O_NONBLOCK:
+            raise _fail(errno.EINVAL)
+        task = self.machine.sched.tasks.get(pid)
+        if task is None:
+            raise _fail(errno.ESRCH)
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        ident = _eventfd_id("/proc/self/fdinfo", fd)
+        number = call.add_fd(fd)
+        self._pidfds[ident] = task
+        call.answer(number)
+        self.machine.nursery.start_soon(self._watch, task, fd, ident)
+
+    async def _watch(self, task: Task, fd: int, ident: int) -> None:
+        try:
+            while task.alive:
+                await trio.sleep(1)
+            os.eventfd_write(fd, 1)
+        finally:
+            os.close(fd)
+        self._pidfds.pop(ident, None)
+
+    def no_pidfd(self, call: Call) -> bool:
+        """As long as nobody has a pidfd of an emulated task, the call is about a real one."""
+        if self._pidfds:
+            return False
+        call.proceed()
+        return True
+
+    async def pidfd_send_signal(self, call: Call) -> None:
+        """``pidfd_send_signal(pidfd, sig, info, flags)``."""
+        try:
+            ident = _eventfd_id(f"/proc/{call.pid}/fdinfo", call.int_arg(0))
+        except OSError:
+            ident = -1
+        task = self._pidfds.get(ident)
+        if task is None:
+            call.proceed()
+            return
+        await self._signal(call, task.pid, call.int_arg(1))
+
+    # -- calls whose function may be patched --------------------------------------------------------------------------
+
+    def _patched(self, address: int, hooked: bool) -> None:
+        names = {name for name, addr in self._addresses.items() if addr == address}
+        self._hooked = self._hooked | names if hooked else self._hooked - names
+
+    def not_hooked(self, call: Call) -> bool:
+        """Nobody replaces the function: the host's kernel executes the call."""
+        if call.name in self._hooked:
+            return False
+        call.proceed()
+        return True
+
+    async def trapped(self, call: Call) -> None:
+        """Run the function that the caller's patch state selects."""
+        machine = self.machine
+        address = self._addresses[call.name]
+        task = self.tasks.ensure(self.tid(call))
+        target = machine.ftrace.enter(address, task)
+        where = machine.kallsyms.lookup(target) if target != address else None
+        mod = machine.modules.find_module(where.modname) if where is not None and where.modname else None
+        if mod is None:
+            call.proceed()
+            return
+        with self.tasks.in_kernel(task):
+            result = await mod.code.call(target, [0], task)
+        # a C function of type long: what lies in [-4095, -1] is an errno
+        result &= (1 << 64) - 1
+        if result > (1 << 64) - 4096:
+            call.fail((1 << 64) - result)
+        else:
+            call.answer(result - (1 << 64) if result >> 63 else result)
+
+
+def _eventfd_id(directory: str, fd: int) -> int:
+    """The number by which the kernel tells eventfds apart; -1 for another descriptor. Raises OSError."""
+    with open(f"{directory}/{fd}", "rb") as file:
+        for line in file:
+            if line.startswith(b"eventfd-id:"):
+                return int(line.split()[1])
+    return -1
+
+
+def _names_in(pid: int) -> tuple[str, str]:
+    """Node and domain name in the UTS namespace of a process. The daemon's own where that may not be entered."""
+    names = [os.uname().nodename, ""]
+
+    def look() -> None:
+        try:
+            fd = os.open(f"/proc/{pid}/ns/uts", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                sysapi.setns(fd, sysapi.CLONE_NEWUTS)
+            finally:
+                os.close(fd)
+            names[0] = os.uname().nodename
+            with open("/proc/sys/kernel/domainname") as file:
+                names[1] = file.read().strip()
+        except OSError:
+            pass
+
+    # a namespace of this kind can be entered by a single thread, which is not used for anything else afterwards
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return names[0], names[1]
+
+
+assert RESERVED_PIDS < FIRST_HIGH_PID < STREAM_SEEK_DATA
