@@ -1,0 +1,325 @@
+"""What the daemon and the sandbox say to each other.
+
+Model
+    A stream socket carries frames: four bytes of length (little-endian), then one msgpack array whose first element tags
+    the message. The daemon's messages are :data:`ToSandbox`, the sandbox's :data:`FromSandbox`. Each side handles them in
+    the order in which they were sent. Addresses and register values are unsigned 64-bit integers.
+
+    Emulated threads are numbered by the daemon (*tid*). A thread is *running* from ``Call``, ``Answer`` or ``Wake`` on,
+    until the sandbox says ``Event``, ``Block``, ``Done`` or ``Died`` for it; ``Unblock`` says that another thread made it
+    run again. When no thread is running, the sandbox is idle.
+
+Locks
+    None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+__all__ = [
+    "MAX_FRAME",
+    "FrameBuffer",
+    "FromSandbox",
+    "ToSandbox",
+    "decode_from_sandbox",
+    "decode_to_sandbox",
+    "encode",
+]
+
+MAX_FRAME = 8 << 20
+"""Longest frame, in bytes; anything longer means that the other side is out of its mind."""
+
+Value = Any  # int, str, bytes, None or a list of them: what events carry
+
+
+class Limits(msgspec.Struct, array_like=True, frozen=True):
+    """Budgets. Instructions and kernel calls are per call and refill while its thread sleeps; the rest per module."""
+
+    instructions: int = 100_000_000
+    """Instructions that one call may execute without sleeping."""
+    kernel_calls: int = 1_000_000
+    """Kernel functions that one call may call without sleeping."""
+    log_lines: int = 10_000
+    """Log lines of a module in a row; refilled with :attr:`log_rate` a second."""
+    log_rate: int = 500
+    heap: int = 32 << 20
+    """Bytes that one module may hold allocated."""
+    quantum: int = 1_000_000
+    """Instructions between two looks at the other threads."""
+    threads: int = 256
+    """Emulated threads alive at a time."""
+    nesting: int = 16
+    """Calls from stubs back into module code (constructors, comparisons) inside one another."""
+
+
+class Start(msgspec.Struct, array_like=True, tag=0):
+    """First message: the budgets and the machine."""
+
+    limits: Limits
+    cpus: int
+    hash_key: bytes
+    """Key of the hash of ``%p``."""
+    canary: int
+
+
+class Map(msgspec.Struct, array_like=True, tag=1):
+    """Map regions ``(address, size, protection)``; their contents are in the shared memory already."""
+
+    regions: list[tuple[int, int, int]]
+
+
+class Unmap(msgspec.Struct, array_like=True, tag=2):
+    """Take regions ``(address, size)`` away."""
+
+    regions: list[tuple[int, int]]
+
+
+class Stubs(msgspec.Struct, array_like=True, tag=3):
+    """Kernel functions that stand at addresses from now on: ``(address, name)``."""
+
+    items: list[tuple[int, str]]
+
+
+class ModuleInfo(msgspec.Struct, array_like=True, tag=4):
+    """A module was laid out."""
+
+    name: str
+    struct: int
+    """Address of its ``struct module``."""
+    regions: list[tuple[int, int]]
+    symbols: list[tuple[int, int, str]]
+    """Functions: ``(address, size, name)``, sorted."""
+    orc: tuple[int, int, int]
+    """Address of .orc_unwind_ip, address of .orc_unwind, number of entries."""
+    jump_table: tuple[int, int]
+    bug_table: tuple[int, int]
+
+
+class ModuleGone(msgspec.Struct, array_like=True, tag=5):
+    """A module's memory is about to be unmapped."""
+
+    name: str
+
+
+class Flush(msgspec.Struct, array_like=True, tag=6):
+    """The daemon wrote to executable memory ``(address, size)``."""
+
+    addr: int
+    size: int
+
+
+class Patched(msgspec.Struct, array_like=True, tag=7):
+    """Calls of the function at *addr* are to be asked about (*on*) or go straight on; *site* is where it traps."""
+
+    addr: int
+    site: int
+    on: bool
+
+
+class TaskInfo(msgspec.Struct, array_like=True, frozen=True):
+    """Whom a call runs for."""
+
+    pid: int
+    tgid: int
+    comm: str
+    kthread: bool = False
+    uid: int = 0
+    gid: int = 0
+
+
+class Call(msgspec.Struct, array_like=True, tag=8):
+    """Start thread *tid*: call *addr* with *args* for a task. *module* pays for it."""
+
+    tid: int
+    addr: int
+    args: list[int]
+    task: TaskInfo
+    module: str
+
+
+class Answer(msgspec.Struct, array_like=True, tag=9):
+    """The answer to the event of thread *tid*."""
+
+    tid: int
+    value: Value
+
+
+class Wake(msgspec.Struct, array_like=True, tag=10):
+    """End the block number *seq* of thread *tid*: its time is up, or (*signal*) somebody interrupts it."""
+
+    tid: int
+    seq: int
+    signal: bool = False
+
+
+class Kill(msgspec.Struct, array_like=True, tag=11):
+    """End thread *tid*; *reason* None: without a report."""
+
+    tid: int
+    reason: str | None = None
+
+
+class Nudge(msgspec.Struct, array_like=True, tag=12):
+    """``wake_up_process`` of task *pid*; with *stop*, ``kthread_should_stop`` is true for it from now on."""
+
+    pid: int
+    stop: bool = False
+    signal: bool = False
+
+
+class Forget(msgspec.Struct, array_like=True, tag=13):
+    """Task *pid* has ended."""
+
+    pid: int
+
+
+ToSandbox = (
+    Start
+    | Map
+    | Unmap
+    | Stubs
+    | ModuleInfo
+    | ModuleGone
+    | Flush
+    | Patched
+    | Call
+    | Answer
+    | Wake
+    | Kill
+    | Nudge
+    | Forget
+)
+
+
+class Ready(msgspec.Struct, array_like=True, tag=0):
+    """The sandbox is up. *confinement* names what holds it: rlimits, no_new_privs, seccomp."""
+
+    confinement: list[str]
+    engine: str
+
+
+class Print(msgspec.Struct, array_like=True, tag=1):
+    """``printk`` of thread *tid*: the text with its level prefix."""
+
+    tid: int
+    text: bytes
+
+
+class Event(msgspec.Struct, array_like=True, tag=2):
+    """Thread *tid* waits for the daemon to do *name*. *stack* is there if the function may block."""
+
+    tid: int
+    name: str
+    args: list[Value]
+    stack: list[int] | None
+    reliable: bool
+
+
+class Block(msgspec.Struct, array_like=True, tag=3):
+    """Thread *tid* sleeps: *state* is the task's (S, D; R spins), *timeout* in nanoseconds or None."""
+
+    tid: int
+    seq: int
+    state: str
+    timeout: int | None
+    stack: list[int]
+    reliable: bool
+
+
+class Unblock(msgspec.Struct, array_like=True, tag=4):
+    """Thread *tid* runs again; somebody in the sandbox woke it."""
+
+    tid: int
+
+
+class Done(msgspec.Struct, array_like=True, tag=5):
+    """Thread *tid* returned *value*."""
+
+    tid: int
+    value: int
+
+
+class Report(msgspec.Struct, array_like=True):
+    """What a crash report is made of. Register names as the kernel prints them; *trace* pairs addresses with trust."""
+
+    kind: str
+    """page_fault, gp_fault, trap, stack, budget, missing, hung, bug, warn, panic, killed."""
+    text: str
+    """For kinds that carry one: the reason, the message, the missing function."""
+    addr: int
+    """Faulting address, or 0."""
+    access: str
+    """read, write or fetch."""
+    rip: int
+    regs: dict[str, int]
+    code: bytes
+    """Bytes around *rip*: 42 before, 22 from it on, as far as they can be read."""
+    code_at: int
+    """Index in *code* of the byte at *rip*."""
+    trace: list[tuple[int, bool]]
+    stub: int
+    """Address of the kernel function that was being called, or 0."""
+    module: str
+
+
+class Died(msgspec.Struct, array_like=True, tag=6):
+    """Thread *tid* crashed."""
+
+    tid: int
+    report: Report
+
+
+class Warned(msgspec.Struct, array_like=True, tag=7):
+    """Thread *tid* ran into a warning and goes on."""
+
+    tid: int
+    report: Report
+
+
+FromSandbox = Ready | Print | Event | Block | Unblock | Done | Died | Warned
+
+_encoder = msgspec.msgpack.Encoder()
+_to_sandbox = msgspec.msgpack.Decoder(ToSandbox)
+_from_sandbox = msgspec.msgpack.Decoder(FromSandbox)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """One frame."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "little") + body
+
+
+def decode_to_sandbox(body: bytes) -> ToSandbox:
+    """A message of the daemon. Raises msgspec.ValidationError for anything else."""
+    message: ToSandbox = _to_sandbox.decode(body)
+    return message
+
+
+def decode_from_sandbox(body: bytes) -> FromSandbox:
+    """A message of the sandbox. Raises msgspec.ValidationError for anything else."""
+    message: FromSandbox = _from_sandbox.decode(body)
+    return message
+
+
+class FrameBuffer:
+    """Cuts a byte stream into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Add *data*; the bodies of all frames that are complete. Raises ValueError for a frame that is too long."""
+        self._buffer += data
+        frames = []
+        while len(self._buffer) >= 4:
+            size = int.from_bytes(self._buffer[:4], "little")
+            if size > MAX_FRAME:
+                raise ValueError(f"frame of {size} bytes")
+            if len(self._buffer) < 4 + size:
+                break
+            frames.append(bytes(self._buffer[4 : 4 + size]))
+            del self._buffer[: 4 + size]
+        return frames
