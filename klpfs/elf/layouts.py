@@ -59,7 +59,8 @@ KPATCH_FUNC_SIZE = 56
 #: Section of a synthetic module that holds its normalised spec (JSON); not loaded into memory.
 SPEC_SECTION = ".klpfs.spec"
 
-VERMAGIC_FLAGS = "SMP preempt mod_unload modversions "
+#: vermagic of Debian's 6.12: its flags, and its release.
+VERMAGIC_FLAGS = "SMP preempt mod_unload modversions"
 DEFAULT_RELEASE = "6.12.117+deb12-amd64"
 
 

@@ -345,12 +345,32 @@ class ListTable:
         return iter(self._all)
 
 
-def shipped_table(kernel: str = "6.12") -> ShippedTable:
-    """The table that klpfs ships for a kernel version. Raises OSError(ENOENT) when there is none."""
-    path = DATA_DIR / f"{kernel}.symbols"
-    if not path.is_file():
-        raise OSError(errno.ENOENT, f"klpfs ships no symbols of kernel {kernel}")
-    return ShippedTable(path)
+def shipped_table(kernel: str = "6.12", fallback: str = "") -> ShippedTable:
+    """The table that klpfs ships for a kernel version, else that of ``fallback``.
+
+    Raises OSError(ENOENT) when there is none.
+    """
+    for name in (kernel, fallback):
+        path = DATA_DIR / f"{name}.symbols"
+        if name and path.is_file():
+            return ShippedTable(path)
+    raise OSError(errno.ENOENT, f"klpfs ships no symbols of kernel {kernel}")
+
+
+def open_table(
+    *, kernel: str = "6.12", image: Path | str | None = None, kallsyms: Path | str | None = None
+) -> ShippedTable | ListTable:
+    """The table from a kernel image, else from a text file of symbols, else the one shipped for a version.
+
+    Raises OSError when the file cannot be used, or no table is shipped.
+    """
+    if image is not None:
+        from klpfs.elf.vmlinux import KernelImage
+
+        return ListTable.from_image(KernelImage.load(image))
+    if kallsyms is not None:
+        return ListTable.from_file(kallsyms)
+    return shipped_table(kernel)
 
 
 def _entries(raw: bytes) -> Iterator[bytes]:

@@ -64,15 +64,20 @@ class _Symbol:
     type: int = C.STT_NOTYPE
 
 
-def write_module(spec: ModuleSpec, *, release: str = "") -> bytes:
+def write_module(spec: ModuleSpec, *, release: str = "", flags: str = "") -> bytes:
     """The bytes of a module file for a spec.
 
-    ``release``: the kernel release that vermagic names, unless the spec itself says (default: Debian's 6.12).
+    ``release`` and ``flags`` are the parts of vermagic, unless the spec itself says (default: Debian's 6.12).
     """
-    return _Writer(spec, release or C.DEFAULT_RELEASE).build()
+    return _Writer(spec, _vermagic(spec, release, flags)).build()
 
 
-def modinfo_of(spec: ModuleSpec, release: str = "") -> list[tuple[str, str]]:
+def _vermagic(spec: ModuleSpec, release: str = "", flags: str = "") -> str:
+    release = spec.release or release or C.DEFAULT_RELEASE
+    return spec.vermagic or f"{release} {flags.strip() or C.VERMAGIC_FLAGS} "
+
+
+def modinfo_of(spec: ModuleSpec, vermagic: str = "") -> list[tuple[str, str]]:
     """The .modinfo entries of a spec, in kbuild's order."""
     info: list[tuple[str, str]] = []
     if spec.description:
@@ -93,7 +98,7 @@ def modinfo_of(spec: ModuleSpec, release: str = "") -> list[tuple[str, str]]:
         info.append(("intree", "Y"))
     info.append(("name", spec.name))
     info.append(("retpoline", "Y"))
-    info.append(("vermagic", spec.vermagic or f"{spec.release or release or C.DEFAULT_RELEASE} {C.VERMAGIC_FLAGS}"))
+    info.append(("vermagic", vermagic or _vermagic(spec)))
     info = [(k, spec.modinfo.get(k, v)) for k, v in info if k not in spec.omit_modinfo]
     present = {k for k, _ in info}
     return info + [(k, v) for k, v in spec.modinfo.items() if k not in present and k not in spec.omit_modinfo]
@@ -104,9 +109,9 @@ def _is_array(param: Param) -> bool:
 
 
 class _Writer:
-    def __init__(self, spec: ModuleSpec, release: str) -> None:
+    def __init__(self, spec: ModuleSpec, vermagic: str) -> None:
         self.spec = spec
-        self.release = release
+        self.vermagic = vermagic
         self.sections: dict[str, _Section] = {}
         self.locals: dict[str, _Symbol] = {}
         self.globals: dict[str, _Symbol] = {}
@@ -126,7 +131,7 @@ class _Writer:
 
     def build(self) -> bytes:
         spec = self.spec
-        for entry in modinfo_of(spec, self.release):
+        for entry in modinfo_of(spec, self.vermagic):
             self.modinfo.data += "=".join(entry).encode() + b"\0"
         normalised = spec.to_json()
         digest = hashlib.sha1(normalised, usedforsecurity=False).digest()
