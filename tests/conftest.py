@@ -46,7 +46,9 @@ class TestTable(DictTable):
 
     def exported(self, name: str) -> tuple[int | None, bool] | None:
         """What a synthetic module imports, GPL-only where the kernel has it so."""
-        if name.startswith(("klp_", "_printk", "__fentry__", "__x86_", "param_ops_", "param_array_ops", "queue_", "msleep")):
+        if name.startswith(
+            ("klp_", "_printk", "__fentry__", "__x86_", "param_ops_", "param_array_ops", "queue_", "msleep")
+        ):
             return None, name.startswith("klp_")
         return None
 
