@@ -87,6 +87,7 @@ def test_readers_see_values_enoent_and_enodev_only(mounted: Mounted) -> None:
     control = Control(mounted)
     module = write_module(parse_toml(patch("fix")))
     data = base64.b64encode(module).decode()
+    refcnt = mounted.path / "sys/module/fix/refcnt"
     for reader in readers:
         reader.start()
     try:
@@ -95,7 +96,6 @@ def test_readers_see_values_enoent_and_enodev_only(mounted: Mounted) -> None:
             (mounted.klp / "fix/enabled").write_text("0\n")
             wait_for(lambda: not (mounted.klp / "fix").exists(), "removal of the patch", 30)
             # the directory goes first, the reference to the module last
-            refcnt = mounted.path / "sys/module/fix/refcnt"
             wait_for(lambda: refcnt.read_text() == "0\n", "the last reference", 30)
             assert control("rmmod", name="fix")["ok"]
     finally:
