@@ -29,8 +29,6 @@ Model
     :mod:`.hostproc`       reading the world's processes through a procfs of their PID namespace
     :mod:`.tasks`          real processes as tasks of the emulated scheduler
     :mod:`.procfs`         /proc
-    :mod:`.emutask`        /proc/PID of emulated tasks
-    :mod:`.kmsg`           /dev/kmsg and syslog(2), for callers that can be interrupted
     :mod:`.daemon`         the daemon
     =====================  ======================================================================================
 

@@ -103,7 +103,7 @@ class Call:
         """Give the caller a duplicate of *fd*; its number there."""
         flags = os.O_CLOEXEC if cloexec else 0
         # a mutable buffer makes ioctl() return the call's result
-        return fcntl.ioctl(self._listener, _ADD_FD, bytearray(_ADDFD.pack(self.id, 0, fd, 0, flags)))
+        return int(fcntl.ioctl(self._listener, _ADD_FD, bytearray(_ADDFD.pack(self.id, 0, fd, 0, flags))))
 
     # -- the caller's memory and descriptors --------------------------------------------------------------------------
 

@@ -19,10 +19,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from klpfs.kernfs import Caller, Entry, SeqFile, StaticProvider
+from klpfs.kernfs import Caller, Entry, SeqFile
 from klpfs.world.mounts import HIDDEN
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from klpfs.world.hostproc import HostProc
     from klpfs.world.tasks import WorldTasks
 
-__all__ = ["WorldProc"]
+__all__ = ["HostDir", "WorldProc"]
 
 _TEXT_LINKS = frozenset({"exe", "cwd", "root"})
 
@@ -139,7 +139,7 @@ class _ProcessDir:
             names.append("patch_state")
         return names
 
-    def _file(self, show: _Show, mode: int) -> Entry:
+    def _file(self, show: Callable[[], bytes], mode: int) -> Entry:
         async def ashow(caller: Caller) -> bytes:
             return show()
 
@@ -235,11 +235,3 @@ class IdMap:
         return 65534
 
 
-def show_bytes(data: bytes) -> SeqFile:
-    """A file of fixed content."""
-    return SeqFile(lambda caller: data)
-
-
-def hidden_dirs() -> dict[str, Entry]:
-    """The mount points below ``/proc/.klpfs``."""
-    return {name: Entry.dir(StaticProvider({})) for name in ("proc", "run")}

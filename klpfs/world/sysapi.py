@@ -149,7 +149,7 @@ def seccomp_listener(program: bytes, flags: int) -> int:
     buffer = ctypes.create_string_buffer(program, len(program))
     fprog = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))
     return _check(
-        _libc.syscall(_SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, ctypes.c_uint(flags), ctypes.addressof(fprog)), "seccomp"
+        _libc.syscall(_SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, ctypes.c_uint(flags), ctypes.byref(fprog)), "seccomp"
     )
 
 

@@ -246,7 +246,7 @@ class Syscalls:
     # -- uname --------------------------------------------------------------------------------------------------------
 
     def uname(self, call: Call) -> bool:
-        """``uname(buffer)``: release and version are the emulated kernel's, the names those of the caller's namespace."""
+        """``uname(buffer)``: release and version are the emulated kernel's, the names the caller's namespace's."""
         own = os.uname()
         node, domain = own.nodename, ""
         try:
@@ -322,7 +322,7 @@ class Syscalls:
 
     async def _watch(self, task: Task, fd: int, ident: int) -> None:
         try:
-            while task.alive:
+            while task.alive:  # noqa: ASYNC110  # the scheduler has no event for a task's end
                 await trio.sleep(1)
             os.eventfd_write(fd, 1)
         finally:

@@ -1,0 +1,298 @@
+"""The daemon of a world: the emulated kernel, the FUSE server, and the supervisor of system calls.
+
+Model
+    It is forked before anything heavy is imported, and imports while the namespaces are made. Pid 1 sends it the
+    mounted /dev/fuse with the procfs, the private tmpfs, and the seccomp listener, in this order; the front's end of
+    its socket closes when the world has ended, and so does the daemon.
+
+Locks
+    One trio thread for the core; the threads of the driver and of the supervisor.
+
+Source
+    fs/fuse/dev.c: closing the descriptor aborts the connection, and all who wait get ECONNABORTED.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from klpfs.world.options import EXIT_FAILED, Options
+
+if TYPE_CHECKING:
+    from klpfs.kernel.printk import Printk
+    from klpfs.kernel.profile import Profile
+    from klpfs.machine import Machine
+    from klpfs.world.front import Signals
+
+__all__ = ["main"]
+
+log = logging.getLogger("klpfs.world")
+
+#: Directories of the host's sysfs whose content is shown beside the emulated kernel's.
+_MERGED = ("sys/kernel", "sys/kernel/debug")
+
+
+class _StartError(Exception):
+    """The daemon cannot start; the message is for the user."""
+
+
+def _detach(*keep: socket.socket) -> None:
+    """Out of the session, so that the terminal's signals stay away, and without the command's descriptors."""
+    os.setsid()
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1):
+        os.dup2(null, fd)
+    low = 3
+    for fd in [*sorted(sock.fileno() for sock in keep), os.sysconf("SC_OPEN_MAX")]:
+        os.closerange(low, fd)
+        low = fd + 1
+
+
+def _choose(options: Options) -> Profile:
+    """The kernel to be. Raises _StartError."""
+    from klpfs.kernel.profile import profile
+    from klpfs.world.libmodules import pick_release
+
+    try:
+        chosen = profile(options.kernel)
+        release = options.release or pick_release(chosen.name, chosen.release)
+        return chosen if release == chosen.release else profile(options.kernel, release=release)
+    except ValueError as err:
+        raise _StartError(str(err)) from None
+
+
+def _open_log(path: str) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    except OSError as err:
+        raise _StartError(f"--log {path}: {err.strerror}") from None
+
+
+class _LogFile:
+    """Copies the kernel log to a file as it grows."""
+
+    def __init__(self, printk: Printk, fd: int) -> None:
+        self._printk = printk
+        self._fd = fd
+        self._seq = 0
+        printk.listeners.append(self.copy)
+        self.copy()
+
+    def copy(self) -> None:
+        """Write what is new."""
+        from klpfs.kernel.kmsg import render_record
+
+        lines = []
+        for record in self._printk.records(self._seq):
+            lines.append(render_record(record) + "\n")
+            self._seq = record.seq + 1
+        try:
+            os.write(self._fd, "".join(lines).encode("utf-8", "surrogateescape"))
+        except OSError:
+            self._printk.listeners.remove(self.copy)  # a full disk must not stop the kernel
+
+
+def main(options: Options, to_front: socket.socket, to_init: socket.socket, signals: Signals) -> int:
+    """The process's main function; the exit status."""
+    _detach(to_front, to_init)
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals.mask)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="klpfs: %(name)s: %(message)s")
+    try:
+        # what is wrong with an option is found out before trio is imported
+        log_fd = _open_log(options.log) if options.log is not None else -1
+        kernel = _choose(options)
+        import trio
+
+        from klpfs.kernel.clock import parse_clock
+
+        try:
+            clock = parse_clock(options.clock)
+        except ValueError as err:
+            raise _StartError(f"--clock: {err}") from None
+        os.chdir("/")
+        daemon = _Daemon(options, kernel, to_front, to_init, log_fd)
+        trio.run(daemon.run, clock=clock)
+    except _StartError as err:
+        _report(to_front, str(err))
+        return EXIT_FAILED
+    except BaseException as err:
+        _report(to_front, f"the daemon failed: {type(err).__name__}: {err}")
+        log.exception("the daemon failed")
+        return EXIT_FAILED
+    return 0
+
+
+def _report(to_front: socket.socket, text: str) -> None:
+    try:
+        to_front.setblocking(True)
+        to_front.send(b"E" + text.encode(errors="surrogateescape"), socket.MSG_NOSIGNAL)
+    except OSError:
+        pass
+
+
+class _Daemon:
+    """What runs under trio."""
+
+    def __init__(
+        self, options: Options, kernel: Profile, to_front: socket.socket, to_init: socket.socket, log_fd: int
+    ) -> None:
+        self.options = options
+        self.kernel = kernel
+        self.to_front = to_front
+        self.to_init = to_init
+        self.log_fd = log_fd
+
+    async def run(self) -> None:
+        """Boot, serve, and return when the front is gone."""
+        import trio
+
+        from klpfs.machine import open_machine
+
+        async with open_machine(self.kernel, cpus=self.options.cpus) as machine:
+            if self.log_fd >= 0:
+                _LogFile(machine.printk, self.log_fd)
+            self._stand_ins(machine)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._serve, machine, nursery)
+                await trio.lowlevel.wait_readable(self.to_front)
+                # not worth an orderly end: nothing that outlives this process depends on one
+                os._exit(0)
+
+    # -- the tree -----------------------------------------------------------------------------------------------------
+
+    def _stand_ins(self, machine: Machine) -> None:
+        """Entries without permissions for what pid 1 binds there from the host's sysfs."""
+        from klpfs.kernfs import SeqFile
+
+        kernfs = machine.kernfs
+        for directory in _MERGED:
+            try:
+                entries = list(os.scandir(f"/{directory}"))
+            except OSError:
+                continue  # not mounted, or not for this user
+            node = kernfs.make_path(directory)
+            for entry in entries:
+                if node.get(entry.name) is not None or entry.is_symlink():
+                    continue
+                if entry.is_dir():
+                    kernfs.create_dir(node, entry.name, 0)
+                else:
+                    kernfs.create_file(node, entry.name, SeqFile(), 0)
+
+    def _proc(self, machine: Machine, fd: int) -> None:
+        """Make /proc the world's; *fd* is the procfs."""
+        from klpfs.world.hostproc import HostProc
+        from klpfs.world.mounts import HIDDEN
+        from klpfs.world.procfs import HostDir, WorldProc
+        from klpfs.world.tasks import WorldTasks
+
+        self.proc = proc = HostProc(fd)
+        self.tasks = tasks = WorldTasks(machine.sched, proc)
+        world = WorldProc(machine, proc, tasks)
+        kernfs = machine.kernfs
+        root = kernfs.make_path("proc")
+        for name in ("proc", "run"):
+            kernfs.make_path(f"proc/{HIDDEN}/{name}")
+        root.provider = world
+        for path in ("sys", "sys/kernel"):
+            kernfs.make_path(f"proc/{path}").provider = HostDir(world, path)
+        emulated = machine.procfs
+        emulated.task_of = lambda caller: tasks.ensure(caller.pid)
+        profile, keep = self.kernel, self.options.keep_uname
+
+        def host_file(name: str) -> bytes:
+            if name == "version" and not keep:
+                return f"Linux version {profile.release} (klpfs) {profile.kernel_version}\n".encode()
+            try:
+                return proc.read(name)
+            except OSError:
+                return b""
+
+        emulated.host_file = host_file
+        if keep:
+            for name in ("osrelease", "version"):
+                node = kernfs.lookup(f"proc/sys/kernel/{name}")
+                if node is not None and node.ops is not None:
+                    path = f"sys/kernel/{name}"
+                    setattr(node.ops, "show", lambda caller, path=path: proc.read(path))  # noqa: B010
+        kmsg = kernfs.lookup("dev/kmsg")
+        assert kmsg is not None and kmsg.ops is not None
+        kmsg.ops.size = 0  # as the device has; the supervisor sees seeks from the end
+
+    # -- what pid 1 sends ---------------------------------------------------------------------------------------------
+
+    async def _serve(self, machine: Machine, nursery: object) -> None:
+        import trio
+
+        assert isinstance(nursery, trio.Nursery)
+        while True:
+            await trio.lowlevel.wait_readable(self.to_init)
+            message, fds, _flags, _address = socket.recv_fds(self.to_init, 64, 8)
+            if not message:
+                return  # pid 1 has ended; the front says so in a moment
+            if message == b"F":
+                self._proc(machine, fds[1])
+                await self._start_fuse(machine, nursery, fds[0])
+            elif message == b"R":
+                self._start_control(machine, nursery, fds[0])
+                self.to_init.send(self.kernel.release.encode())
+            elif message == b"L":
+                self._start_supervisor(machine, nursery, fds[0])
+                self.to_init.send(b"G")
+            elif message == b"C":
+                os.kill(os.getppid(), signal.SIGCONT)
+
+    async def _start_fuse(self, machine: Machine, nursery: object, fd: int) -> None:
+        import trio
+
+        from klpfs.drivers import Options as MountOptions
+        from klpfs.drivers import get_driver
+        from klpfs.kernfs.vfs import Vfs
+
+        assert isinstance(nursery, trio.Nursery)
+        serve = get_driver("pyfuse3")
+        procfs = f"/proc/self/fd/{self.proc.fd}"
+
+        async def driver(*, task_status: trio.TaskStatus[None]) -> None:
+            await serve(
+                Vfs(machine.kernfs, proc=procfs),
+                f"/dev/fd/{fd}",
+                options=MountOptions(proc=procfs),
+                task_status=task_status,
+            )
+
+        await nursery.start(driver)
+
+    def _start_control(self, machine: Machine, nursery: object, run: int) -> None:
+        """The control socket, in a tmpfs that goes with the world."""
+        import trio
+
+        from klpfs.control.ops import Operations
+        from klpfs.control.server import ControlServer, listen
+
+        assert isinstance(nursery, trio.Nursery)
+        sock = listen(f"/proc/self/fd/{run}/control")
+        operations = Operations(machine, mountpoint="/", driver="pyfuse3", shutdown=lambda: None)
+        nursery.start_soon(ControlServer(sock, operations).serve)
+
+    def _start_supervisor(self, machine: Machine, nursery: object, fd: int) -> None:
+        import trio
+
+        from klpfs.drivers.common import Interrupts
+        from klpfs.world.notify import Supervisor
+        from klpfs.world.syscalls import Syscalls
+
+        assert isinstance(nursery, trio.Nursery)
+        interrupts = Interrupts(f"/proc/self/fd/{self.proc.fd}")
+        nursery.start_soon(interrupts.run)
+        calls = Syscalls(machine, self.proc, self.tasks, interrupts, traps=self.options.traps)
+        supervisor = Supervisor(fd, nursery)
+        calls.register(supervisor)
+        supervisor.start()
