@@ -192,6 +192,7 @@ def command(
     """
     if kernel_image and kallsyms:
         raise click.UsageError("--kernel-image and --kallsyms exclude each other")
+    from klpfs.elf import dwarf
     from klpfs.elf.layouts import KLP_LAYOUT
     from klpfs.elf.reader import ElfModule, ModuleFormatError
     from klpfs.elf.report import as_dict, examine
@@ -218,6 +219,8 @@ def command(
         raise common.CliError(f"{err.filename}: {err.strerror}" if err.filename else str(err.strerror), 1) from None
     try:
         elf = ElfModule.load(path)
+        if layouts is None and elf.is_livepatch:
+            layouts = dwarf.klp_layouts(elf)
         report = examine(elf, table, supported=supported_symbols(), layouts=layouts or KLP_LAYOUT)
     except ModuleFormatError as err:
         if as_json:

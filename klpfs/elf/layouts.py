@@ -81,3 +81,15 @@ KLP_LAYOUT: Mapping[str, StructLayout] = {
     "klp_func": StructLayout(152, {"old_name": 0, "new_func": 8, "old_sympos": 16, "old_func": 24}),
     "klp_state": StructLayout(24, {"id": 0, "version": 8, "data": 16}),
 }
+
+
+def usable(layouts: Mapping[str, StructLayout]) -> bool:
+    """Whether layouts from elsewhere have all structures and members that are needed, at possible places."""
+    for name, known in KLP_LAYOUT.items():
+        layout = layouts.get(name)
+        if layout is None or not 0 < layout.size <= 1 << 16:
+            return False
+        needed = known.members.keys() - {"kobj", "old_func", "data", "post_unpatch_enabled"}
+        if any(not 0 <= layout.members.get(member, -1) <= layout.size - 1 for member in needed):
+            return False
+    return True

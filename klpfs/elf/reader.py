@@ -586,12 +586,26 @@ class ElfModule:
                 inner, place = refs.get(arg.offset + 16), refs.get(arg.offset + 24)
                 if inner is not None and not inner.section:
                     kind = inner.symbol.removeprefix("param_ops_")
-            return ModuleParam(name, kind, perm, length, None, ops, place)
+            return ModuleParam(name, kind, perm, length, self._array_default(kind, arg, length), ops, place)
         if kind == "string" and arg is not None and arg.section:  # struct kparam_string: maxlen, string
             head = self.bytes_at(arg, 4)
             length = struct.unpack("<I", head)[0] if len(head) == 4 else 0
             place = self.pointers(self.sections[arg.section]).get(arg.offset + 8)
         return ModuleParam(name, kind, perm, length, self._default(kind, place), ops, arg)
+
+    def _array_default(self, kind: str, arg: Reference | None, length: int) -> str | None:
+        """The values that an array has, as many as its counter says, or all where there is no counter."""
+        size, _ = _PARAM_TYPES.get(kind, (0, False))
+        if arg is None or not arg.section or not 0 < length <= MAX_ROWS:
+            return None
+        refs = self.pointers(self.sections[arg.section])
+        counter, first = refs.get(arg.offset + 8), refs.get(arg.offset + 24)
+        if counter is not None and counter.section:
+            length = min(length, int.from_bytes(self.bytes_at(counter, 4), "little"))
+        if first is None or not first.section or not size:
+            return None
+        values = [self._default(kind, first._replace(offset=first.offset + i * size)) for i in range(length)]
+        return ",".join(value for value in values if value is not None)
 
     def _default(self, kind: str, place: Reference | None) -> str | None:
         if place is None or not place.section:

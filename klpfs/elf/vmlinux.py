@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from klpfs.elf.layouts import StructLayout
+from klpfs.elf.layouts import KLP_LAYOUT, StructLayout, usable
 
 #: Largest image, compressed or not, bytes.
 MAX_IMAGE = 512 << 20
@@ -448,13 +448,8 @@ class Btf:
 
 def klp_layouts(btf: Btf) -> dict[str, StructLayout] | None:
     """The livepatch structures' layouts, None when one of them is missing."""
-    out = {}
-    for name in ("klp_patch", "klp_object", "klp_callbacks", "klp_func", "klp_state"):
-        layout = btf.struct(name)
-        if layout is None:
-            return None
-        out[name] = layout
-    return out
+    found = {name: layout for name in KLP_LAYOUT if (layout := btf.struct(name)) is not None}
+    return found if usable(found) else None
 
 
 # -- text files --------------------------------------------------------------------------------------------------------

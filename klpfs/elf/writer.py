@@ -306,7 +306,8 @@ class _Writer:
             argument, where = holder, ".rodata"
         elif _is_array(param):  # struct kparam_array: max, elemsize, num, ops, elem
             holder = self.rodata.place(struct.pack("<IIQQQ", param.max, _INTEGER_SIZES[param.type], 0, 0, 0))
-            count = self.data.place(bytes(4), 4)
+            given = len(param.default) if isinstance(param.default, list) else 0
+            count = self.data.place(struct.pack("<I", given), 4)
             self.rodata.pointer(holder + 8, ".data", count)
             self.rodata.pointer(holder + 16, self.undefined(ops))
             self.rodata.pointer(holder + 24, ".data", argument)
