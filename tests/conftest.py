@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from klpfs.elf.writer import write_module
+from klpfs.kernel import profile as profiles
 from klpfs.kernel.kallsyms import DictTable
 from klpfs.kernel.module import Module
 from klpfs.machine import Machine, open_machine
@@ -71,14 +72,15 @@ def run() -> Callable[..., Any]:
     return run
 
 
-def ko(text: str) -> bytes:
-    """The module file that a spec describes."""
-    return write_module(parse_toml(text))
+def ko(text: str, m: Machine | None = None) -> bytes:
+    """The module file that a spec describes, built for the kernel that *m* is."""
+    profile = m.profile if m is not None else profiles.profile()
+    return write_module(parse_toml(text), release=profile.release, flags=profile.vermagic_flags)
 
 
 async def insmod(m: Machine, text: str, args: str = "") -> Module:
     """Load the module that a spec describes."""
-    return await m.init_module(ko(text), args)
+    return await m.init_module(ko(text, m), args)
 
 
 async def insmod_errno(m: Machine, text: str, args: str = "") -> str:

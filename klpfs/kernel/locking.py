@@ -15,6 +15,8 @@ Source
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from weakref import WeakKeyDictionary
@@ -84,16 +86,16 @@ class Lockdep:
             return
         site = site or _caller_site()
         held = self.held()
+        # Two classes in both orders come first: where the same class is held, too, they say why it is.
         for h in held:
-            if h.cls == cls:
-                if h.read and read:
-                    continue
-                self._report(LockOrderError(cls, h.cls, site, h.site, "possible recursive locking detected"))
-            path = self._path(cls, h.cls)
+            path = None if h.cls == cls else self._path(cls, h.cls)
             if path is not None:
                 prior = self.edges[path[0], path[1]]
                 reason = "possible circular locking dependency detected"
                 self._report(LockOrderError(cls, h.cls, site, prior, reason))
+        for h in held:
+            if h.cls == cls and not (h.read and read):
+                self._report(LockOrderError(cls, h.cls, site, h.site, "possible recursive locking detected"))
         for h in held:
             if h.cls != cls and (h.cls, cls) not in self.edges:
                 self.edges[h.cls, cls] = site
@@ -132,12 +134,16 @@ class Lockdep:
 class Mutex:
     """``struct mutex``: an async context manager known to the lock-order checker.
 
-    Raises :class:`LockOrderError` on an inversion. Source: kernel/locking/mutex.c.
+    *sleeping* is entered while a task waits for its turn (:meth:`klpfs.kernel.sched.Sched.sleeping`): one that waits
+    sleeps, and does not run. Raises :class:`LockOrderError` on an inversion. Source: kernel/locking/mutex.c.
     """
 
-    def __init__(self, name: str, lockdep: Lockdep) -> None:
+    def __init__(
+        self, name: str, lockdep: Lockdep, sleeping: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self.name = name
         self._lockdep = lockdep
+        self._sleeping = sleeping
         self._lock = trio.Lock()
 
     def locked(self) -> bool:
@@ -151,7 +157,11 @@ class Mutex:
     async def __aenter__(self) -> None:
         self._lockdep.acquire(self.name, site=_caller_site())
         try:
-            await self._lock.acquire()
+            if self._lock.locked():
+                with self._sleeping():
+                    await self._lock.acquire()
+            else:
+                await self._lock.acquire()
         except BaseException:
             self._lockdep.release(self.name)
             raise
