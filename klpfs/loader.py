@@ -156,7 +156,7 @@ class MetadataCode(ElfCode):
     async def init(self, mod: Module) -> int:
         """Enable the patch found in the module's data. -ENOEXEC where it is built by code only."""
         self.machine.loader_notice()
-        if not mod.is_livepatch:
+        if not any(name == "klp_enable_patch" for name, _ in self.elf.undefined):
             return 0
         info = elf_klp.find_patch(self.elf)
         if info is None:

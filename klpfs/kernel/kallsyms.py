@@ -20,6 +20,8 @@ __all__ = ["KSYM_NAME_LEN", "DictTable", "Kallsyms", "Resolved", "SymInfo", "Sym
 KSYM_NAME_LEN = 512
 """Longest symbol name, the NUL included (include/linux/kallsyms.h)."""
 
+PAGE_SIZE = 4096
+
 
 @dataclass(slots=True)
 class SymInfo:
@@ -124,16 +126,37 @@ class DictTable:
         return iter([(address, "T", name) for address, name in zip(self._addrs, self._names, strict=True)])
 
 
+def _is_mapping_symbol(name: str) -> bool:
+    """``is_mapping_symbol``: labels of the assembler, which no look-up by address ever finds."""
+    return name.startswith((".L", "L0")) or (name[:1] == "$" and name[1:2] in tuple("adtx") and name[2:3] in ("", "."))
+
+
 class _ModuleSymbols:
+    """The symbols of one module.
+
+    A look-up by address takes what lies between a symbol and the next one for that symbol's, whatever size its file
+    gives (``find_kallsyms_symbol``), up to the end of the module's text.
+    """
+
     def __init__(self, symbols: list[SymInfo]) -> None:
         self.all = symbols
         self.by_name: dict[str, list[SymInfo]] = {}
         for sym in symbols:
             self.by_name.setdefault(sym.name, []).append(sym)
-        functions = [s for s in symbols if s.size and s.type.lower() in "tw"]
-        functions.sort(key=lambda s: s.value)
-        self.functions = functions
-        self.addrs = [s.value for s in functions]
+        named = [s for s in symbols if s.name and not _is_mapping_symbol(s.name)]
+        text: dict[int, SymInfo] = {}
+        for sym in named:
+            if sym.type in "tTwW":
+                text.setdefault(sym.value, sym)
+        self.functions = [text[value] for value in sorted(text)]
+        self.addrs = [s.value for s in self.functions]
+        end = max((s.value + max(s.size, 1) for s in named if s.type in "tTwW"), default=0)
+        end = -(-end // PAGE_SIZE) * PAGE_SIZE
+        bounds = sorted({s.value for s in named})
+        self.ends = []
+        for value in self.addrs:
+            i = bisect_right(bounds, value)
+            self.ends.append(min(bounds[i], end) if i < len(bounds) else end)
 
 
 class Kallsyms:
@@ -178,9 +201,9 @@ class Kallsyms:
             modname = self._names[i]
             symbols = self._modules[modname]
             j = bisect_right(symbols.addrs, addr) - 1
-            if j >= 0 and addr < symbols.addrs[j] + symbols.functions[j].size:
-                sym = symbols.functions[j]
-                return Resolved(sym.name, modname, addr - sym.value, sym.size)
+            if j >= 0 and addr < symbols.ends[j]:
+                start = symbols.addrs[j]
+                return Resolved(symbols.functions[j].name, modname, addr - start, symbols.ends[j] - start)
         hit = self.table.addr_to_symbol(addr)
         return None if hit is None else Resolved(hit[0], None, hit[1], hit[2])
 

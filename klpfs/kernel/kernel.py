@@ -52,6 +52,7 @@ class Kernel:
     modules: Modules = field(init=False)
     tainted: int = 0
     lock_debugging: bool = True
+    _warned: set[str] = field(default_factory=set)
 
     def add_taint(self, letter: str, *, lockdep_ok: bool = True) -> None:
         """``add_taint``: set the flag that *letter* stands for; some say that lock debugging is over."""
@@ -79,5 +80,13 @@ class Kernel:
     def warn_on(self, condition: object, where: str) -> bool:
         """``WARN_ON()``: warn if *condition* holds; returns whether it does."""
         if condition:
+            self.warn(where)
+        return bool(condition)
+
+    def warn_on_once(self, condition: object, where: str) -> bool:
+        """``WARN_ON_ONCE()``: warn if *condition* holds, unless this place has warned before; returns whether it
+        holds."""
+        if condition and where not in self._warned:
+            self._warned.add(where)
             self.warn(where)
         return bool(condition)

@@ -46,6 +46,9 @@ MODULE_AREA = 0xFFFFFFFFC0000000
 GPL_COMPATIBLE = {"GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL"}
 """include/linux/license.h."""
 
+RESOLVE_TIMEOUT = 30
+"""Seconds that a module waits for the owner of a symbol to initialise (``resolve_symbol_wait``)."""
+
 MODULE_INIT_IGNORE_MODVERSIONS = 1
 MODULE_INIT_IGNORE_VERMAGIC = 2
 
@@ -145,6 +148,7 @@ class Module:
     taints: int = 0
     klp_alive: bool = False
     is_livepatch: bool = False
+    using_gplonly: bool = False
     using: list[Module] = field(default_factory=list)
     holders: list[Module] = field(default_factory=list)
     base: int = 0
@@ -162,6 +166,10 @@ class Module:
     def taint_letters(self) -> str:
         """``module_flags_taint``."""
         return "".join(letter for bit, letter in enumerate(TAINT_LETTERS) if self.taints >> bit & 1)
+
+    def tainted(self, letter: str) -> bool:
+        """Whether the module taints the kernel with the flag that *letter* stands for."""
+        return bool(self.taints >> TAINT_LETTERS.index(letter) & 1)
 
     def flags(self) -> str:
         """``module_flags``: what /proc/modules and oopses show behind a module."""
@@ -231,12 +239,20 @@ class Modules:
             self._once.add(key)
             self._log.notice(text)
 
-    def _check_modinfo(self, image: ModuleImage, flags: int) -> None:
-        """``check_modinfo``: version magic. The release counts only when the module carries no symbol versions."""
+    def _check_modinfo(self, image: ModuleImage, flags: int) -> bool:
+        """``check_modinfo``: version magic. The release counts only when the module carries no symbol versions.
+
+        Returns whether the module is only let in because CONFIG_MODULE_FORCE_LOAD is set, as in Debian's kernels.
+        """
+        forced = bool(flags & MODULE_INIT_IGNORE_MODVERSIONS)
+        if forced:
+            # check_modstruct_version(): without versions, module_layout cannot be compared
+            image.versions = {}
+            self._try_to_force_load(image, "module_layout")
         magic = None if flags & MODULE_INIT_IGNORE_VERMAGIC else image.get_modinfo("vermagic")
         if magic is None:
             self._try_to_force_load(image, "bad vermagic")
-            return
+            return True
         ours = self.kernel.profile.vermagic
         same = magic == ours
         if image.versions:
@@ -244,9 +260,9 @@ class Modules:
         if not same:
             self._log.err(f"{image.name}: version magic '{magic}' should be '{ours}'")
             raise OSError(errno.ENOEXEC, f"{image.name}: vermagic")
+        return forced
 
     def _try_to_force_load(self, image: ModuleImage, reason: str) -> None:
-        # CONFIG_MODULE_FORCE_LOAD is set in Debian's kernels.
         if not self.kernel.test_taint("F"):
             self._log.warn(f"{image.name}: {reason}: kernel tainted.")
         self.kernel.add_taint("F", lockdep_ok=False)
@@ -271,6 +287,7 @@ class Modules:
                 self._log.warn(f"{mod.name}: loading out-of-tree module taints kernel.")
             self._add_taint_module(mod, "O")
         if image.get_modinfo("retpoline") is None:
+            self._log.err("Spectre V2 : System may be vulnerable to spectre v2")
             self._log.warn(f"{mod.name}: loading module not compiled with retpoline compiler.")
         if image.get_modinfo("staging") is not None:
             self._add_taint_module(mod, "C")
@@ -298,32 +315,80 @@ class Modules:
         if not prev_proprietary and kernel.test_taint("P"):
             self._log.warn(f"{mod.name}: module license taints kernel.")
 
-    def _resolve_symbol(self, mod: Module, name: str) -> tuple[int, Module | None] | None:
-        """``resolve_symbol``: address and owner of the exported *name*; None if there is none that *mod* may use."""
-        gpl_ok = not mod.taints >> TAINT_LETTERS.index("P") & 1
+    def _resolve_symbol(self, mod: Module, name: str) -> bool:
+        """``resolve_symbol``: whether the exported *name* is there for *mod*, which from then on uses its owner.
+
+        Raises OSError: EINVAL another version, ENOENT the owner is going, EBUSY it is not initialised yet.
+        """
+        gpl_ok = not mod.tainted("P")
         found = self.kernel.kallsyms.table.exported(name)
         if found is not None:
             crc, gpl_only = found
             if gpl_only and not gpl_ok:
-                return None
+                return False
+            mod.using_gplonly |= gpl_only
             self._check_version(mod, name, crc)
-            here = self.kernel.kallsyms.on_each_match_symbol(name)
-            return (here[0] if here else 0), None
+            return True
         for owner in self.modules.values():
-            if owner.state in ("unformed", "going"):
+            if owner.state == "unformed":
                 continue
             for export in owner.image.exports:
                 if export.name == name and (gpl_ok or not export.gpl):
-                    if owner not in mod.using:
-                        if not self.try_module_get(owner):
-                            continue
-                        mod.using.append(owner)
-                        owner.holders.append(mod)
-                    return export.value, owner
-        return None
+                    mod.using_gplonly |= export.gpl
+                    if not self._inherit_taint(mod, owner, name):
+                        return False
+                    self._ref_module(mod, owner)
+                    return True
+        return False
+
+    def _inherit_taint(self, mod: Module, owner: Module, name: str) -> bool:
+        """``inherit_taint``: who uses a proprietary module is proprietary, and then may not use GPL-only symbols."""
+        if not owner.tainted("P"):
+            return True
+        if mod.using_gplonly:
+            self._log.err(
+                f"{mod.name}: module using GPL-only symbols uses symbols {name} from proprietary module {owner.name}."
+            )
+            return False
+        if not mod.tainted("P"):
+            self._log.warn(
+                f"{mod.name}: module uses symbols {name} from proprietary module {owner.name}, inheriting taint."
+            )
+            mod.taints |= 1 << TAINT_LETTERS.index("P")
+        return True
+
+    def _ref_module(self, mod: Module, owner: Module) -> None:
+        """``ref_module``."""
+        if owner in mod.using:
+            return
+        if owner.state == "coming":
+            raise OSError(errno.EBUSY, owner.name)
+        if not self.try_module_get(owner):
+            raise OSError(errno.ENOENT, f"{owner.name} is going")
+        mod.using.append(owner)
+        owner.holders.insert(0, mod)
+
+    async def _resolve_symbol_wait(self, mod: Module, name: str) -> bool:
+        """``resolve_symbol_wait``: give the owner of the symbol half a minute to initialise."""
+        deadline = trio.current_time() + RESOLVE_TIMEOUT
+        while True:
+            try:
+                return self._resolve_symbol(mod, name)
+            except OSError as error:
+                owner = self.modules.get(error.args[1])
+                if error.errno != errno.EBUSY or owner is None:
+                    raise
+                with trio.move_on_at(deadline) as scope:
+                    await owner.finished.wait()
+                if scope.cancelled_caught:
+                    self._log.warn(f"{mod.name}: gave up waiting for init of module {owner.name}.")
+                    raise
 
     def _check_version(self, mod: Module, name: str, crc: int | None) -> None:
-        """``check_version``: raises OSError(EINVAL) when the module was built against another CRC."""
+        """``check_version``: raises OSError(EINVAL) when the module was built against another CRC.
+
+        One without any versions passes, being a synthetic one or forced.
+        """
         if not crc or not mod.image.versions:
             return
         wanted = mod.image.versions.get(name)
@@ -331,14 +396,16 @@ class Modules:
             self._log.warn(f"{mod.name}: no symbol version for {name}")
         elif wanted != crc:
             self._log.warn(f"{mod.name}: disagrees about version of symbol {name}")
-            raise OSError(errno.EINVAL, name)
+        else:
+            return
+        raise OSError(errno.EINVAL, name)
 
-    def _simplify_symbols(self, mod: Module) -> None:
+    async def _simplify_symbols(self, mod: Module) -> None:
         failure = 0
         for name, weak in mod.image.undefined:
             err = errno.ENOENT
             try:
-                if self._resolve_symbol(mod, name) is not None or weak:
+                if await self._resolve_symbol_wait(mod, name) or weak:
                     continue
             except OSError as error:
                 err = error.errno or errno.EINVAL
@@ -350,7 +417,12 @@ class Modules:
     def _verify_exported_symbols(self, mod: Module) -> None:
         for export in mod.image.exports:
             owner = next(
-                (m for m in self.modules.values() for e in m.image.exports if e.name == export.name and m is not mod),
+                (
+                    m
+                    for m in self.modules.values()
+                    for e in m.image.exports
+                    if e.name == export.name and m.state != "unformed"
+                ),
                 None,
             )
             kernel_has = self.kernel.kallsyms.table.exported(export.name) is not None
@@ -366,10 +438,13 @@ class Modules:
         ENOEXEC version magic or relocations, EEXIST or EBUSY a module of that name, ENOENT an unknown symbol, EINVAL,
         ERANGE or ENOSPC a parameter, what a pre-patch callback or the init function answered.
         """
-        self._check_modinfo(image, flags)
+        forced = self._check_modinfo(image, flags)
         await self._patient_check_exists(image.name)
         mod = Module(image.name, image, self.kernel, args=args)
         mod.is_livepatch = image.get_modinfo("livepatch") is not None
+        if forced:
+            mod.taints |= 1 << TAINT_LETTERS.index("F")
+        mod.refcnt = 1  # module_unload_init(): dropped when init is through
         self.modules[mod.name] = mod
         try:
             await self._load(mod, args)
@@ -383,7 +458,7 @@ class Modules:
         loaded = coming = False
         try:
             self._augment_taints(mod)
-            self._simplify_symbols(mod)
+            await self._simplify_symbols(mod)
             await mod.code.load(mod)
             loaded = True
             await mod.code.apply_relocs(mod, None)
@@ -396,8 +471,9 @@ class Modules:
             self._sysfs_setup(mod)
         except BaseException:
             with trio.CancelScope(shield=True):
-                if coming:
+                if mod.state == "coming":
                     mod.state = "going"
+                if coming:
                     await livepatch.klp_module_going(mod)
                 await self._free_module(mod, loaded=loaded)
             raise
@@ -420,7 +496,6 @@ class Modules:
     async def _do_init_module(self, mod: Module) -> None:
         livepatch = self.livepatch
         assert livepatch is not None
-        mod.refcnt += 1  # the initial reference, dropped when init is through
         ret = await mod.code.init(mod) if mod.image.has_init else 0
         if ret < 0:
             mod.state = "going"
@@ -430,9 +505,9 @@ class Modules:
             raise OSError(-ret, f"{mod.name}: init answered {ret}")
         if ret > 0:
             self._log.warn(
-                f"do_init_module: '{mod.name}'->init suspiciously returned {ret}, it should follow 0/-E convention"
+                f"do_init_module: '{mod.name}'->init suspiciously returned {ret}, it should follow 0/-E convention\n"
+                "do_init_module: loading module anyway..."
             )
-            self._log.warn("do_init_module: loading module anyway...")
         mod.state = "live"
         mod.refcnt -= 1
         mod.init_freed = True

@@ -82,7 +82,7 @@ class Livepatch:
         self.klp = klp = Klp(
             kernel,
             kernel.printk.logger("livepatch: "),
-            Mutex("klp_mutex", kernel.lockdep),
+            Mutex("klp_mutex", kernel.lockdep, partial(kernel.sched.sleeping, "D")),
             Mutex("klp_shadow_lock", kernel.lockdep),
             root,
             debug,

@@ -103,15 +103,18 @@ def klp_find_object_symbol(klp: Klp, objname: str | None, name: str, sympos: int
     """
     kallsyms = klp.kernel.kallsyms
     found = kallsyms.on_each_match_symbol(name) if objname is None else kallsyms.module_on_each_symbol(objname, name)
-    if not found or (sympos and not any(found[:sympos])):
+    # The search ends at the position asked for, or with the second symbol where it must be unique.
+    count = min(len(found), sympos or 2)
+    addr = found[count - 1] if count else 0
+    if not addr:
         klp.log.err(f"symbol '{name}' not found in symbol table")
-    elif len(found) > 1 and sympos == 0:
+    elif count > 1 and not sympos:
         # The kernel passes a NULL pointer for vmlinux here, and prints what printf makes of it.
         klp.log.err(f"unresolvable ambiguity for symbol '{name}' in object '{objname or '(null)'}'")
-    elif sympos > len(found):
+    elif sympos and count != sympos:
         klp.log.err(f"symbol position {sympos} for symbol '{name}' in object '{objname or 'vmlinux'}' not found")
     else:
-        return found[sympos - 1 if sympos else 0]
+        return addr
     raise OSError(errno.EINVAL, f"{objname or 'vmlinux'}: cannot resolve symbol {name},{sympos}")
 
 
@@ -288,8 +291,9 @@ async def klp_free_patch_start(klp: Klp, patch: KlpPatch) -> None:
 
 async def klp_free_patch_finish(klp: Klp, patch: KlpPatch) -> None:
     """The part that must run outside ``klp_mutex``: the directory goes, and last of all the module reference."""
-    await _put(patch.kobj)
-    await patch.finish.wait()
+    with klp.kernel.sched.sleeping("D"):
+        await _put(patch.kobj)
+        await patch.finish.wait()
     if not patch.forced:
         assert patch.mod is not None
         klp.kernel.modules.module_put(patch.mod)

@@ -41,12 +41,11 @@ def klp_ftrace_handler(klp: Klp, ops: KlpOps, ip: int, task: Task | None) -> int
     The top of the ``func_stack``, unless that is in transition and the task is not switched yet: then the one below,
     or the original. No task stands for one that is switched already.
     """
-    if not ops.func_stack:
-        klp.kernel.warn("kernel/livepatch/patch.c klp_ftrace_handler")
+    if klp.kernel.warn_on_once(not ops.func_stack, "kernel/livepatch/patch.c klp_ftrace_handler empty"):
         return ip
     func = ops.func_stack[0]
     if func.transition and task is not None:
-        klp.kernel.warn_on(task.patch_state == KLP_TRANSITION_IDLE, "kernel/livepatch/patch.c klp_ftrace_handler")
+        klp.kernel.warn_on_once(task.patch_state == KLP_TRANSITION_IDLE, "kernel/livepatch/patch.c klp_ftrace_handler")
         if task.patch_state == KLP_TRANSITION_UNPATCHED:
             if len(ops.func_stack) < 2:
                 return ip

@@ -51,7 +51,7 @@ SIGNALS_TIMEOUT = 15
 """Failed attempts between two rounds of signals."""
 
 MAX_STACK_ENTRIES = 100
-"""A deeper stack is unreliable (``stack_trace_save_tsk_reliable`` runs out of room)."""
+"""A stack that fills the array is unreliable (``stack_trace_consume_entry`` stops the walk)."""
 
 
 def _target(klp: Klp) -> str:
@@ -105,7 +105,7 @@ async def klp_complete_transition(klp: Klp) -> None:
         await _klp_synchronize_transition()
 
     for task in _all_tasks(klp):
-        klp.kernel.warn_on(task.patch_pending, "kernel/livepatch/transition.c klp_complete_transition")
+        klp.kernel.warn_on_once(task.patch_pending, "kernel/livepatch/transition.c klp_complete_transition")
         task.patch_state = KLP_TRANSITION_IDLE
 
     for obj in patch.obj_list:
@@ -126,7 +126,7 @@ async def klp_complete_transition(klp: Klp) -> None:
 async def klp_cancel_transition(klp: Klp) -> None:
     """End a transition that was initialised but not started (a callback refused, or ftrace did)."""
     where = "kernel/livepatch/transition.c klp_cancel_transition"
-    if klp.kernel.warn_on(klp.klp_target_state != KLP_TRANSITION_PATCHED, where):
+    if klp.kernel.warn_on_once(klp.klp_target_state != KLP_TRANSITION_PATCHED, where):
         return
     klp.debug["canceling"](_name(klp))
     klp.klp_target_state = KLP_TRANSITION_UNPATCHED
@@ -146,10 +146,12 @@ def _forbidden_range(klp: Klp, func: KlpFunc) -> tuple[int, int]:
         return func.new_func, func.new_size
     ops = klp_find_ops(klp, func.old_func)
     assert ops is not None
-    if len(ops.func_stack) == 1:
+    below = ops.func_stack.index(func) + 1
+    if below == len(ops.func_stack):
+        # The kernel asks for a stack of one. With more, this is a patch below others whose disabling was reversed, and
+        # it reads whatever lies before the list's head.
         return func.old_func, func.old_size
-    below = ops.func_stack[ops.func_stack.index(func) + 1]
-    return below.new_func, below.new_size
+    return ops.func_stack[below].new_func, ops.func_stack[below].new_size
 
 
 class StackCheck:
@@ -193,7 +195,7 @@ def _klp_check_and_switch_task(klp: Klp, task: Task, check: StackCheck) -> tuple
         return errno.EINVAL, ""
     entries = task.trace()
     if entries:
-        if len(entries) > MAX_STACK_ENTRIES:
+        if len(entries) >= MAX_STACK_ENTRIES:
             return errno.EINVAL, ""
         name = check.find(entries)
         if name is not None:
@@ -239,7 +241,7 @@ async def klp_try_complete_transition(klp: Klp) -> None:
 
     patch = klp.klp_transition_patch
     assert patch is not None
-    klp.kernel.warn_on(
+    klp.kernel.warn_on_once(
         klp.klp_target_state == KLP_TRANSITION_IDLE, "kernel/livepatch/transition.c klp_try_complete_transition"
     )
     complete = True
@@ -280,7 +282,7 @@ async def _tick(klp: Klp, task: Task) -> None:
 
 def klp_start_transition(klp: Klp) -> None:
     """Let tasks begin to switch to the target state."""
-    klp.kernel.warn_on(
+    klp.kernel.warn_on_once(
         klp.klp_target_state == KLP_TRANSITION_IDLE, "kernel/livepatch/transition.c klp_start_transition"
     )
     klp.log.notice(f"'{_name(klp)}': starting {_target(klp)} transition")
@@ -295,13 +297,13 @@ def klp_start_transition(klp: Klp) -> None:
 def klp_init_transition(klp: Klp, patch: KlpPatch, state: int) -> None:
     """Make *patch* the one in transition, towards *state*; all tasks start out in the other state."""
     where = "kernel/livepatch/transition.c klp_init_transition"
-    klp.kernel.warn_on(klp.klp_target_state != KLP_TRANSITION_IDLE, where)
+    klp.kernel.warn_on_once(klp.klp_target_state != KLP_TRANSITION_IDLE, where)
     klp.klp_transition_patch = patch
     klp.klp_target_state = state
     klp.debug["initializing"](patch.name, _target(klp))
     initial_state = KLP_TRANSITION_UNPATCHED if state == KLP_TRANSITION_PATCHED else KLP_TRANSITION_PATCHED
     for task in _all_tasks(klp):
-        klp.kernel.warn_on(task.patch_state != KLP_TRANSITION_IDLE, where)
+        klp.kernel.warn_on_once(task.patch_state != KLP_TRANSITION_IDLE, where)
         task.patch_state = initial_state
     for _, func in patch.funcs():
         func.transition = True
