@@ -15,6 +15,7 @@ Source
 from __future__ import annotations
 
 import inspect
+import random
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
@@ -139,6 +140,8 @@ class Machine:
         self.deferred: list[int] = []
         """What to free once no thread can see it any more (RCU)."""
         self.log_tokens: dict[str, tuple[float, int]] = {}
+        self.random = random.Random(start.hash_key)
+        """What modules are told is random: nobody outside the machine relies on it, and runs can be repeated."""
         self._current: Thread | None = None
         self._free_stacks: list[int] = []
         self._next_stack = AREAS["stack"].base + L.THREAD_SIZE
