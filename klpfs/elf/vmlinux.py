@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from klpfs.elf.layouts import KLP_LAYOUT, StructLayout, usable
 
@@ -75,7 +75,6 @@ class KernelImage:
         """Address, file offset and size of each section with contents."""
         import io
 
-        from elftools.common.exceptions import ELFError
         from elftools.elf.elffile import ELFFile
 
         try:
@@ -89,8 +88,7 @@ class KernelImage:
             }
         except ImageError:
             raise
-        except (ELFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as exc:
-            # pyelftools meets broken files with many exceptions of its own and of the containers that it uses
+        except Exception as exc:  # pyelftools meets broken files with whatever its helpers raise
             raise ImageError(f"{self.filename}: no ELF file: {exc}") from exc
         return {
             name: (addr, offset, size)
@@ -116,7 +114,10 @@ class KernelImage:
         rodata = self.section(".rodata")
         if rodata is None:
             raise ImageError(f"{self.filename}: no .rodata section")
-        return list(_Kallsyms(bytes(rodata), self.filename).symbols())
+        try:
+            return list(_Kallsyms(bytes(rodata), self.filename).symbols())
+        except (IndexError, struct.error) as exc:
+            raise ImageError(f"{self.filename}: broken kallsyms tables: {exc}") from exc
 
     @cached_property
     def by_name(self) -> dict[str, int]:
@@ -197,16 +198,32 @@ def decompress(data: bytes, filename: str = "vmlinuz") -> bytes:
     raise ImageError(f"{filename}: neither bzImage nor vmlinux, or an unknown compression ({data[:4].hex()})")
 
 
+class _Decompressor(Protocol):
+    """What zlib's, lzma's and bz2's incremental decompressors have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+def _whole(decompressor: _Decompressor, data: bytes) -> bytes:
+    out = decompressor.decompress(data, MAX_IMAGE)
+    if not decompressor.eof:
+        raise ImageError(f"the compressed kernel is cut short, or larger than {MAX_IMAGE} bytes")
+    return out
+
+
 def _gunzip(data: bytes) -> bytes:
-    return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(data, MAX_IMAGE)
+    return _whole(zlib.decompressobj(zlib.MAX_WBITS | 16), data)
 
 
 def _unxz(data: bytes) -> bytes:
-    return lzma.LZMADecompressor(lzma.FORMAT_AUTO).decompress(data, MAX_IMAGE)
+    return _whole(lzma.LZMADecompressor(lzma.FORMAT_AUTO), data)
 
 
 def _bunzip2(data: bytes) -> bytes:
-    return bz2.BZ2Decompressor().decompress(data, MAX_IMAGE)
+    return _whole(bz2.BZ2Decompressor(), data)
 
 
 def _library(name: str, package: str) -> ctypes.CDLL:
