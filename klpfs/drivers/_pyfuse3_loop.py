@@ -147,7 +147,7 @@ class Loop:
         previous = pyfuse3.trio  # type: ignore[attr-defined]
         try:
             pyfuse3.trio = self._shim()  # type: ignore[attr-defined]
-            main = pyfuse3.main(1, 1)
+            main = pyfuse3.main(MANY, 1)  # never ends a session coroutine for being idle, never starts one
             main.send(None)  # notes the session coroutine and waits
             self._serve()
         finally:
