@@ -126,8 +126,9 @@ class StaticProvider:
         return tuple(self.entries)
 
 
-# the nodes on which the current task holds an active reference, innermost last
-_held: ContextVar[tuple[KernfsNode, ...]] = ContextVar("klpfs_kernfs_held", default=())
+# The nodes on which a task holds active references. A task's context is copied to those it starts, so it names the
+# task.
+_held: ContextVar[tuple[tuple[object, KernfsNode], ...]] = ContextVar("klpfs_kernfs_held", default=())
 
 
 class KernfsNode:
@@ -352,7 +353,7 @@ class KernfsNode:
             cls = self.lock_class
             if lockdep is not None:
                 lockdep.acquire(cls, read=True, site=f"{site} {self.path()}")
-            token = _held.set((*_held.get(), self))
+            token = _held.set((*_held.get(), (trio.lowlevel.current_task(), self)))
             try:
                 yield
             finally:
@@ -541,7 +542,8 @@ class Kernfs:
         if node.parent is None:
             raise _oserror(errno.EBUSY, "/")
         nodes = list(_postorder(node))
-        held = _held.get()
+        me = trio.lowlevel.current_task()
+        held = [pos for task, pos in _held.get() if task is me]
         for pos in nodes:
             if pos.kind == "file" and self.lockdep is not None:
                 self.lockdep.acquire(pos.lock_class, site=f"kernfs_drain {pos.path()}")
