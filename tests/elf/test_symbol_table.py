@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import gc
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from image_support import RELEASE, SYMBOLS, TEXT, vmlinux
+from image_support import EXPORTS, RELEASE, SYMBOLS, TEXT, vmlinux
 
 from klpfs.elf.symbols import ListTable, ShippedTable, SymbolTable, open_table, shipped_table, write_table
 from klpfs.elf.vmlinux import KernelImage
@@ -138,3 +140,20 @@ def test_a_few_names_cost_a_few_blocks() -> None:
 
 def test_shipped_table_is_small() -> None:
     assert Path(shipped_table("6.12").path).stat().st_size < 1 << 20
+
+
+def test_generator_makes_and_checks_a_table(tmp_path: Path) -> None:
+    image, symvers = tmp_path / "vmlinux", tmp_path / "Module.symvers"
+    image.write_bytes(vmlinux())
+    listed = [f"{crc:#010x}\t{name}\tvmlinux\tEXPORT_SYMBOL{'_GPL' if gpl else ''}\t\n" for name, gpl, crc in EXPORTS]
+    symvers.write_text("".join(listed) + "0x00000001\tof_a_module\tdrivers/x\tEXPORT_SYMBOL\t\n")
+    tool = Path(__file__).resolve().parents[2] / "tools" / "make_symbol_table.py"
+    command = [sys.executable, str(tool), str(image), str(tmp_path / "t.symbols"), "--symvers", str(symvers)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("0 differences\n")
+    assert ShippedTable(tmp_path / "t.symbols").exported("_printk") == (0x11111111, False)
+    symvers.write_text("".join(listed[1:]))
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "differs: _printk\n"
