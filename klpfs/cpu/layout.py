@@ -202,7 +202,7 @@ HRTIMER_STATE: Final = Field(56, 1)
 
 COMPLETION_DONE: Final = Field(0, 4)
 COMPLETION_LIST: Final = Field(16, 16)
-COMPLETE_ALL: Final = 0x7FFFFFFF  # UINT_MAX / 2
+COMPLETE_ALL: Final = 0xFFFFFFFF  # UINT_MAX
 MUTEX_OWNER: Final = Field(0, 8)
 MUTEX_LIST: Final = Field(16, 16)
 RWSEM_COUNT: Final = Field(0, 8)

@@ -26,6 +26,9 @@ def free(m: Machine, addr: int) -> None:
     """``kfree``. Crashes for what is no object, as the hardened free list does."""
     if addr <= ZERO_SIZE_PTR:
         return
+    room = m.heap.size(addr)
+    for inside in [key for key in m.objects if addr <= key < addr + room]:
+        del m.objects[inside]
     if not m.heap.free(addr):
         if not m.mem.prot(addr):
             raise PageFault(addr, write=False)

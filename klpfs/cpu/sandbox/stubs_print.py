@@ -645,6 +645,8 @@ def _param_array_set(m: Machine, t: Thread, text: int, kp: int) -> Steps:
     number = mem.get(arr, L.PARAM_ARRAY_NUM)
     setter = mem.get(mem.get(arr, L.PARAM_ARRAY_OPS), L.PARAM_OPS_SET)
     element = _element(m, t, kp, arr)
+    if number:
+        mem.store(number, 0, 4)
     try:
         for count, part in enumerate(parts):
             if count >= limit:
