@@ -66,6 +66,19 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command. Its reader may have seen enough: then the end is a good one, and quiet.
+
+        Click would end with 1; and what is still buffered must not go into the closed pipe at exit.
+        """
+        try:
+            result: object = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+        return result
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of ``--help``, from the table alone."""
         with formatter.section("Commands"):
@@ -88,9 +101,8 @@ def main() -> None:
     from klpfs.cli.common import EXIT_INTERRUPTED, EXIT_OK, CliError
 
     try:
-        # not click's standalone mode, which ends an interrupted command with 1 and a broken pipe likewise
+        # not click's standalone mode, which ends an interrupted command with 1
         result = cli.main(prog_name="klpfs", standalone_mode=False)
-        sys.stdout.flush()
     except CliError as err:
         err.show()
         sys.exit(err.code)
@@ -99,10 +111,6 @@ def main() -> None:
         sys.exit(err.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # whoever reads our output has seen enough; nothing is left to be flushed into the closed pipe at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_OK)
     sys.exit(result if isinstance(result, int) else EXIT_OK)
 
 

@@ -8,15 +8,15 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import click
+import msgspec
 
 from klpfs.cli import common
 
 
-class Check(NamedTuple):
-    """One line of the report. ``needed_for`` says what does not work without it; ``mount`` marks the essential ones."""
+class Check(msgspec.Struct):
+    """One line of the report. ``needed_for`` says what does not work without it;"""
 
     what: str
     ok: bool

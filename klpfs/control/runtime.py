@@ -53,18 +53,18 @@ class NoDaemonError(Exception):
 
 
 def candidate_dirs() -> list[Path]:
-    """Where the runtime directory may be, the preferred one first."""
+    """Where the runtime directory may be, the preferred one first.
+
+    $XDG_RUNTIME_DIR counts where it is a directory; one of an unusual name keeps its daemons to itself. Otherwise all
+    the usual places are looked at: a mount may have been made before a login session created /run/user/UID.
+    """
     uid = os.geteuid()
-    out = []
+    usual = f"/run/user/{uid}"
     xdg = os.environ.get("XDG_RUNTIME_DIR", "")
-    if xdg.startswith("/"):
-        out.append(Path(xdg) / "klpfs")
-    if os.path.isdir(f"/run/user/{uid}"):
-        out.append(Path(f"/run/user/{uid}/klpfs"))
-    if uid == 0:
-        out.append(Path("/run/klpfs"))
-    out.append(Path(f"/tmp/klpfs-{uid}"))
-    return list(dict.fromkeys(out))
+    if xdg.startswith("/") and os.path.isdir(xdg) and os.path.normpath(xdg) != usual:
+        return [Path(xdg) / "klpfs"]
+    found = [usual] if os.path.isdir(usual) else []
+    return [*(Path(d) / "klpfs" for d in [*found, *(["/run"] if uid == 0 else [])]), Path(f"/tmp/klpfs-{uid}")]
 
 
 def _check_private(path: Path) -> None:
@@ -126,7 +126,7 @@ def write_entry(directory: Path, entry: Entry) -> Path:
 
 
 def remove_entry(entry: Entry) -> None:
-    """Take an entry's files away; a log with something in it stays, for whoever looks for the reason."""
+    """Take an entry's files away; a log stays if it has something in it, or if the user named it."""
     base = Path(entry.socket).parent
     for path in (base / f"{entry.name}.json", base / f"{entry.name}.sock"):
         try:
@@ -134,7 +134,7 @@ def remove_entry(entry: Entry) -> None:
         except OSError:
             pass  # the other side may have tidied up first
     try:
-        if entry.log and os.path.getsize(entry.log) == 0:
+        if entry.log == str(base / f"{entry.name}.log") and os.path.getsize(entry.log) == 0:
             os.unlink(entry.log)
     except OSError:
         pass

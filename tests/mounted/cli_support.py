@@ -104,16 +104,19 @@ class Cli:
         """A mount for the duration of the block; afterwards neither mount nor daemon may be left."""
         path = self.dir / name
         path.mkdir(exist_ok=True)
-        self.ok("mount", path, *options)
-        pid = next(e["pid"] for e in self.entries() if e["mountpoint"] == str(path))
+        pids = []
         try:
-            yield Mounted(self, path, pid)
+            started = self.run("mount", path, *options)
+            pids = [e["pid"] for e in self.entries() if e["mountpoint"] == str(path)]
+            assert (started.returncode, started.stdout, started.stderr) == (0, "", ""), started
+            yield Mounted(self, path, pids[0])
         finally:
             if is_mounted(path):
                 self.run("umount", "--lazy", path)
-            if exists(pid):
-                os.kill(pid, signal.SIGTERM)
-            wait_for(lambda: not exists(pid), f"the end of daemon {pid}")
+            for pid in pids:
+                if exists(pid):
+                    os.kill(pid, signal.SIGTERM)
+                wait_for(lambda pid=pid: not exists(pid), f"the end of daemon {pid}")
             assert not is_mounted(path)
 
     def entries(self) -> list[dict[str, Any]]:
