@@ -17,8 +17,8 @@ What libfuse2 makes different from pyfuse3 and the real kernel
     - libfuse2 tells inodes apart by path. A directory removed and created again under its name is the same inode to it:
       a working directory inside the old one shows the new one's files (open files are not affected);
     - getcwd(2) inside a removed directory answers the old path until somebody looks that name up;
-    - a look-up that is under way when the directory goes can make stat answer ENOENT where a descriptor would still be
-      good; fstat of an open directory shows the link count of the last look-up;
+    - stat of a descriptor or working directory asks by path as well: the attributes of the last 4096 removed nodes are
+      kept for that, older ones answer ENOENT. fstat of an open directory shows the link count of the last look-up;
     - signals do interrupt a blocked stream read (libfuse2 passes FUSE_INTERRUPT on), within 0.1 s, with EINTR.
 
     As with pyfuse3, lseek on a stream is seen only as the offset of the next read.
@@ -29,6 +29,7 @@ Source
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import errno
 import logging
@@ -78,6 +79,9 @@ log = logging.getLogger("klpfs.drivers.fusepy")
 
 ENCODING = "latin-1"
 """What fusepy encodes names with: one that maps every byte, whereas it would fail on names that are not valid UTF-8."""
+
+LOOKUP = 1
+"""The opcode of a request about a name (FUSE_LOOKUP of linux/fuse.h)."""
 
 UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 
@@ -204,6 +208,7 @@ class _Threads:
         buffer = ctypes.create_string_buffer(self._bufsize)
         local = self._local
         local.turn = False
+        local.buffer = buffer
         try:
             while self._take_turn():
                 while local.turn:
@@ -250,6 +255,10 @@ class _Threads:
             return False
         _lib.fuse_session_process(self._session, buffer, size, channel)
         return True
+
+    def opcode(self) -> int:
+        """The opcode of the request that the current thread processes (struct fuse_in_header: u32 len, u32 opcode)."""
+        return int.from_bytes(self._local.buffer[4:8], "little")
 
     def _pass_turn(self) -> None:
         """The current thread is about to block: let another one receive."""
@@ -348,9 +357,13 @@ class _Operations:
     flag_utime_omit_ok = 1
     flush = lock = bmap = ioctl = getdir = utime = None
 
+    KEPT = 4096
+
     def __init__(self, vfs: Vfs, threads: _Threads) -> None:
         self.vfs = vfs
         self.threads = threads
+        # what was removed last, by path: written on the trio thread
+        self.gone: collections.OrderedDict[str, KernfsNode] = collections.OrderedDict()
 
     def __call__(self, operation: str, *args: Any) -> Any:
         try:
@@ -367,10 +380,34 @@ class _Operations:
     def destroy(self, path: str) -> None:
         """The session has ended."""
 
+    # -- removal -------------------------------------------------------------------------------------------------------
+
+    async def entry_removed(self, parent: KernfsNode, name: str, node: KernfsNode) -> None:
+        """Names need no taking back, but somebody may still be inside."""
+        base = self.vfs.root.path()
+        path = node.path()
+        if base and not path.startswith(base + "/"):
+            return
+        key = "/" + os.fsencode(path[len(base) :].lstrip("/")).decode(ENCODING)
+        self.gone[key] = node
+        self.gone.move_to_end(key)
+        if len(self.gone) > self.KEPT:
+            self.gone.popitem(last=False)
+
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
     def node(self, path: str) -> KernfsNode:
-        """The node at *path*. Raises OSError(ENOENT)."""
+        """The node at *path*, or one that was there and that the kernel still holds. Raises OSError(ENOENT)."""
+        try:
+            return self._find(path)
+        except FileNotFoundError:
+            # Asked about an inode, not about a name, so somebody has it open or is inside.
+            gone = self.gone.get(path) if self.threads.opcode() != LOOKUP else None
+            if gone is None:
+                raise
+            return gone
+
+    def _find(self, path: str) -> KernfsNode:
         names = [os.fsdecode(name.encode(ENCODING)) for name in path.split("/") if name]
         caller = _caller()
         node = self.vfs.root
@@ -516,16 +553,9 @@ class _Operations:
     # -- directories ---------------------------------------------------------------------------------------------------
 
     def opendir(self, path: str) -> int:
-        try:
-            return self.vfs.opendir(self.node(path), _caller())
-        except FileNotFoundError:
-            # The kernel has the directory, so somebody is inside: it was removed, and is empty.
-            return 0
+        return self.vfs.opendir(self.node(path), _caller())
 
     def readdir(self, path: str | None, fh: int) -> Iterator[tuple[str, dict[str, int], int]]:
-        if fh == 0:
-            attr = self.attributes(self.vfs.root)
-            return iter([(".", attr, 0), ("..", attr, 0)])
         if self.vfs.is_static(self.vfs.dir_node(fh)):
             entries = self.vfs.readdir(fh, 0)
         else:
@@ -645,7 +675,8 @@ async def _run(vfs: Vfs, mountpoint: str, options: Options, task_status: trio.Ta
 
     async with trio.open_nursery() as calls:
         threads = _Threads(calls, on_end)
-        handler = _Fuse(_Operations(vfs, threads))
+        operations = _Operations(vfs, threads)
+        handler = _Fuse(operations)
         args = _arguments(options, passed=fd is not None)
         channel = _lib.fuse_mount(path, args) if fd is None else _lib.fuse_kern_chan_new(fd)
         if not channel:
@@ -655,11 +686,13 @@ async def _run(vfs: Vfs, mountpoint: str, options: Options, task_status: trio.Ta
             _lib.fuse_unmount(path, channel)
             raise MountError(errno.EINVAL, f"{mountpoint}: libfuse2 refuses the options")
         session = _lib.fuse_get_session(filesystem)
+        vfs.kernfs.listeners.append(operations)
         try:
             threads.start(channel, session)
             task_status.started()
             await ended.wait()
         finally:
+            vfs.kernfs.listeners.remove(operations)
             # Tasks that requests wait for end with an error, so that their threads end, too.
             calls.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
