@@ -1,6 +1,6 @@
 """The command line: one module a command, imported only when that command is used.
 
-Model. :mod:`klpfs.cli.__main__` holds the table of commands; each of the modules that it names has a click command as
+Model. :mod:`klpfs.cli.group` holds the table of commands; each of the modules that it names has a click command as
 its attribute ``command``. What several share (exit codes, error type, finding the daemon, tables, JSON) is in
 :mod:`klpfs.cli.common`. Data goes to standard output, everything else to standard error.
 

@@ -13,9 +13,9 @@ import pytest
 from cli_support import KLPFS, Cli, Mounted, patch, wait_for
 
 from klpfs import __version__
-from klpfs.cli.__main__ import COMMANDS
-from klpfs.cli.__main__ import cli as group
 from klpfs.cli.common import EXIT_CODES
+from klpfs.cli.group import COMMANDS
+from klpfs.cli.group import cli as group
 
 
 @pytest.fixture(scope="module")
