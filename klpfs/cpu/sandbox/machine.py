@@ -137,11 +137,16 @@ class Machine:
         self.sites: dict[int, int] = {}
         self.objects: dict[int, Any] = {}
         """Python's side of kernel objects (IDRs, caches, lock owners), by address."""
+        self.holders: dict[int, Thread] = {}
+        """Who holds a lock, by its address."""
+        self.printk_ratelimit = 0
         self.deferred: list[int] = []
         """What to free once no thread can see it any more (RCU)."""
         self.log_tokens: dict[str, tuple[float, int]] = {}
         self.random = random.Random(start.hash_key)
         """What modules are told is random: nobody outside the machine relies on it, and runs can be repeated."""
+        self._warned: set[str] = set()
+        self._doomed: Thread | None = None
         self._current: Thread | None = None
         self._free_stacks: list[int] = []
         self._next_stack = AREAS["stack"].base + L.THREAD_SIZE
@@ -582,12 +587,13 @@ class Machine:
                 thread.rip, thread.in_stub = addr, False
                 return True
             case Ask():
+                if self._doomed is thread:
+                    self._doomed = None
+                    self._bury(thread)
+                    return False
                 self._await(thread, request, stack=frame.api.blocks)
                 return False
             case Sleep():
-                if thread.wake_pending:
-                    thread.wake_pending = False
-                    return self._advance(thread, Woken.WAKE)
                 self._sleep(thread, request)
                 return False
             case Spin():
@@ -608,7 +614,7 @@ class Machine:
         thread.state = "asleep"
         thread.seq += 1
         thread.quiet = True
-        thread.interruptible = sleep.state == "S"
+        thread.interruptible, thread.busy = sleep.state == "S", sleep.state == "R"
         thread.slept_at = self.now()
         trace, reliable = self.stack_of(thread)
         self.send(proto.Block(thread.tid, thread.seq, sleep.state, sleep.timeout, trace, reliable))
@@ -665,7 +671,8 @@ class Machine:
         self.mem.put(task.addr, L.TASK_STATE, L.TASK_RUNNING)
         woken = False
         for thread in list(self.threads.values()):
-            if thread.task is task and thread.state == "asleep" and (thread.interruptible or not signal):
+            asleep = thread.task is task and thread.state == "asleep" and not thread.busy
+            if asleep and (thread.interruptible or not signal):
                 woken = self.wake(thread, Woken.SIGNAL if signal else Woken.WAKE) or woken
         return woken
 
@@ -693,6 +700,31 @@ class Machine:
         self.count_log(thread.module)
         self.send(proto.Print(thread.tid, text[:2048]))
 
+    def warn(self, thread: Thread, where: str, message: str = "", *, once: bool = False) -> None:
+        """``WARN()`` in a kernel function."""
+        if once:
+            if where in self._warned:
+                return
+            self._warned.add(where)
+        self.print(thread, b"\x014------------[ cut here ]------------\n")
+        if message:
+            self.print(thread, f"\x014{message}\n".encode())
+        self.count_log(thread.module, 20)
+        self.send(proto.Warned(thread.tid, self.report(thread, "warn", where)))
+
+    def caller(self, thread: Thread) -> int:
+        """The return address of the kernel function that *thread* is entering."""
+        return self.mem.load(self.engine.get(RSP))
+
+    def dump(self, thread: Thread) -> None:
+        """``dump_stack``."""
+        self.send(proto.Warned(thread.tid, self.report(thread, "dump")))
+
+    def finish(self, thread: Thread, value: int) -> None:
+        """End *thread* from within a kernel function, as if its first function had returned *value*."""
+        self.send(proto.Done(thread.tid, value & U64))
+        self._doomed = thread
+
     # -- patched functions ------------------------------------------------------------------------------------------
 
     def set_patched(self, message: proto.Patched) -> None:
@@ -710,6 +742,28 @@ class Machine:
             self.sites.pop(site, None)
         self.space.write(site, _SITE if message.on else _NOP5)
         self.engine.flush(site, 5)
+
+    def update_jump_labels(self, key: int) -> None:
+        """Static key *key* was switched: rewrite the branches that depend on it (``jump_label_update``)."""
+        enabled = signed(self.mem.load(key, 4), 32) > 0
+        for module in self.modules.values():
+            base, size = module.info.jump_table
+            for entry in range(base, base + size, L.JUMP_ENTRY_SIZE):
+                relative = signed(self.space.load(entry + 8))
+                if (entry + 8 + (relative & ~3)) & U64 != key:
+                    continue
+                code = (entry + signed(self.space.load(entry, 4), 32)) & U64
+                target = (entry + 4 + signed(self.space.load(entry + 4, 4), 32)) & U64
+                self._patch_branch(code, target, jump=enabled != bool(relative & 1))
+
+    def _patch_branch(self, code: int, target: int, *, jump: bool) -> None:
+        short = self.space.read(code, 2) in (b"\x66\x90",) or self.space.read(code, 1) == b"\xeb"
+        if short:
+            text = b"\xeb" + bytes([target - code - 2 & 0xFF]) if jump else b"\x66\x90"
+        else:
+            text = b"\xe9" + (target - code - 5 & L.U32).to_bytes(4, "little") if jump else _NOP5
+        self.space.write(code, text)
+        self.engine.flush(code, len(text))
 
     # -- modules ----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any
 from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
 from klpfs.cpu.layout import U32, U64, Field
 from klpfs.cpu.sandbox.machine import Machine
-from klpfs.cpu.sandbox.thread import HANDLERS, Crash, Invoke, Sleep, Thread, Woken, signed, stub
+from klpfs.cpu.sandbox.thread import HANDLERS, Ask, Crash, Invoke, Sleep, Thread, Woken, signed, stub
 from klpfs.cpu.sandbox.waiting import ERESTARTSYS, Steps, sleep_for, ticks_to_ns, wait_on, wake_all, wake_first
 
 # -- time -----------------------------------------------------------------------------------------------------------------
@@ -412,14 +412,24 @@ def _wake_up_locked(m: Machine, t: Thread, head: int, mode: int, count: int) -> 
 
 
 @stub("wake_up_process")
-def _wake_up_process(m: Machine, t: Thread, addr: int) -> int:
+def _wake_up_process(m: Machine, t: Thread, addr: int) -> int | Steps:
     m.mem.check(addr, L.TASK_SIZE)
     task = m.task_at(addr)
-    return 0 if task is None else m.start_or_wake(t, task)
+    if task is None:
+        return 0
+    if task.unstarted:
+        task.unstarted = False
+        return _start_kthread(task.info.pid)
+    return m.wake_task(task)
+
+
+def _start_kthread(pid: int) -> Steps:
+    yield Ask("kthread_start", [pid])
+    return 1
 
 
 @stub("wake_up_state")
-def _wake_up_state(m: Machine, t: Thread, addr: int, state: int) -> int:
+def _wake_up_state(m: Machine, t: Thread, addr: int, state: int) -> int | Steps:
     return _wake_up_process(m, t, addr)  # type: ignore[return-value]
 
 

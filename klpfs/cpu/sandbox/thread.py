@@ -115,6 +115,8 @@ class Task:
     cred: int
     threads: int = 0
     should_stop: bool = False
+    unstarted: bool = False
+    """A kernel thread that was created and not woken up yet."""
     kthread_data: int = 0
     used: int = 0
 
@@ -140,9 +142,10 @@ class Thread:
     instructions: int = 0
     kernel_calls: int = 0
     slept_at: int = 0
-    wake_pending: bool = False
-    waits_for: tuple[int, Thread | None] | None = None
-    """The lock that it sleeps on, and who holds it."""
+    busy: bool = False
+    """Asleep for the scheduler only: it spins, and nothing but time ends that."""
+    waits_for: int | None = None
+    """The address that it sleeps on."""
     in_stub: bool = False
     """Whether it is in its innermost kernel function, not in code that this one called."""
     quiet: bool = True
