@@ -1,81 +1,117 @@
 #!/usr/bin/env bash
-# The life of livepatches on a klpfs mount, shown with plain cat, echo and ls. Prints each command and what it answers,
-# checks what it shows, and exits with 1 if anything is not as it should be. Run it by: make demo
+# A session on a mounted /sys/kernel/livepatch: every command is printed, run for real, and what it prints is checked.
+# Needs klpfs in PATH (make demo sees to it). Exits with 0 only if everything was as it has to be.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-work=$(mktemp -d)
-export XDG_RUNTIME_DIR=$work/run M=$work/mnt
-mkdir -m 700 "$XDG_RUNTIME_DIR" && mkdir "$M"
-cleanup() { klpfs umount "$M" >/dev/null 2>&1 || umount -l "$M" 2>/dev/null || true; rm -rf "$work"; }
-trap cleanup EXIT
-trap 'exit 130' INT TERM
-failed=0
+modules=$(cd "$(dirname "$0")/modules" && pwd)
+work=$(mktemp -d "${TMPDIR:-/tmp}/klpfs-demo.XXXXXX")
+cd "$work"
+export KLPFS_MOUNT=$work/k LC_ALL=C.UTF-8
 
-if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$'\e[1m' dim=$'\e[2m' plain=$'\e[0m'; else bold='' dim='' plain=''; fi
-title() { printf '\n%s# %s%s\n' "$dim" "$*" "$plain"; }
-# show COMMAND: print it, run it here, print its output; a failing command shows its status and goes on.
-show() {
-    local rc=0
-    printf '%s$ %s%s\n' "$bold" "$1" "$plain"
-    eval "$1" 2>&1 | sed -E "s#^$0: line [0-9]+: ##" || rc=$?
-    [ $rc = 0 ] || echo "(exit status $rc)"
+clean_up() {
+    cd /
+    if mountpoint -q "$work/k" 2>/dev/null || ! stat "$work/k" >/dev/null 2>&1; then
+        klpfs umount --lazy "$work/k" 2>/dev/null || true
+    fi
+    rm -rf --one-file-system "$work"
 }
-# expect WHAT COMMAND: the command must succeed; otherwise the demo has failed.
-expect() { eval "$2" >/dev/null 2>&1 || { echo "DEMO FAILED: $1" >&2; failed=1; }; }
-# until_true WHAT COMMAND: wait up to 20 seconds.
-until_true() { local i; for i in $(seq 400); do eval "$2" >/dev/null 2>&1 && return 0; sleep .05; done; echo "DEMO FAILED: waited in vain: $1" >&2; failed=1; }
+trap clean_up EXIT
+trap 'exit 130' INT TERM
 
-cd "$work"
-for spec in cmdline busy busy_fix; do klpfs mkmod "$here/modules/$spec.toml" -o "$spec.ko"; done
+bold= dim= off=
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$'\e[1m' dim=$'\e[2m' off=$'\e[0m'; fi
 
-title 'An emulated kernel, mounted at $M. Its module files were made by klpfs mkmod, without a compiler.'
-show 'klpfs mount $M; ls $M $M/sys/kernel'
-show 'modinfo -F description -F livepatch cmdline.ko; file -b cmdline.ko'
+say() { printf '\n%s# %s%s\n' "$dim" "$*" "$off"; }
+# run CMD: print and execute it; its output stays in $out, its status in $rc.
+run() {
+    printf '%s$ %s%s\n' "$bold" "$1" "$off"
+    rc=0
+    out=$(eval "$1" 2>&1) || rc=$?
+    [ -z "$out" ] || printf '%s\n' "$out"
+}
+fail() {
+    printf 'demo: %s\n' "$*" >&2
+    exit 1
+}
+ok() { [ "$rc" = 0 ] || fail "that should have succeeded (exit status $rc)"; }
+# prints TEXT: the last command succeeded and printed exactly this.
+prints() {
+    ok
+    [ "$out" = "$1" ] || fail "expected exactly: $1"
+}
+# has TEXT: the last command printed a line with this in it.
+has() { grep -qF -- "$1" <<<"$out" || fail "expected in the output: $1"; }
+# within SECONDS CMD: wait for a condition.
+within() {
+    local end=$((SECONDS + $1))
+    until eval "$2" 2>/dev/null; do
+        [ $SECONDS -lt $end ] || fail "not within $1 s: $2"
+        sleep 0.05
+    done
+}
 
-title 'One insmod enables a patch: its directory is there, and /proc/cmdline is printed by the new function.'
-cd "$M/sys/kernel/livepatch"
-show 'klpfs insmod $OLDPWD/cmdline.ko'
-until_true 'the transition' '[ "$(cat livepatch_cmdline/transition)" = 0 ]'
-show 'ls -R livepatch_cmdline'
-show 'cat livepatch_cmdline/enabled livepatch_cmdline/transition'
-show 'cat $M/proc/cmdline'
-expect 'the patched function prints' 'grep -q "live patched" $M/proc/cmdline'
-show 'klpfs rmmod livepatch_cmdline'
-show 'echo 1 > livepatch_cmdline/enabled'
+say "An emulated kernel, mounted in an ordinary directory"
+mkdir k
+ln -s "$modules" modules  # examples/modules
+run "klpfs mount k"; ok
+run "ls k"; prints $'dev\nproc\nsys'
+run "ln -s k/sys/kernel/livepatch klp; ls klp"; prints ""
+run "klpfs mkmod modules/{cmdline,busy,busy_fix}.toml -o ."; prints ""
 
-title 'A second patch stalls: a kernel thread sleeps inside the function that it replaces.'
-show 'klpfs insmod $OLDPWD/busy.ko block_transition=Y'
-show 'klpfs insmod $OLDPWD/busy_fix.ko'
-show 'cat livepatch_busy_fix/enabled livepatch_busy_fix/transition'
-expect 'the patch is in transition' '[ "$(cat livepatch_busy_fix/transition)" = 1 ]'
-show 'klpfs status'
-show '(cd $M/proc; cat $(dirname $(grep -lx 0 [0-9]*/patch_state))/{comm,stack})'
-show 'echo 0 > livepatch_cmdline/enabled'
+say "A patch is enabled: /proc/cmdline comes from its new function"
+run "head -c 60 k/proc/cmdline"; ok; [ "$out" != "livepatch_cmdline: this has been live patched" ] || fail "patched already"
+run "klpfs insmod livepatch_cmdline.ko"; prints ""
+P=klp/livepatch_cmdline
+run "ls $P"; has vmlinux
+run "cat $P/enabled $P/transition $P/vmlinux/patched"; prints $'1\n0\n1'
+run "cat k/proc/cmdline"; prints "livepatch_cmdline: this has been live patched"
 
-title 'Reversed by writing 0: the transition turns around, and then the patch is gone with its directory.'
-show 'echo 0 > livepatch_busy_fix/enabled; cat livepatch_busy_fix/enabled livepatch_busy_fix/transition'
-until_true 'removal after the reversal' '[ ! -e livepatch_busy_fix ]'
-show 'ls'
-until_true 'the last reference' '[ "$(cat $M/sys/module/livepatch_busy_fix/refcnt)" = 0 ]'
-show 'klpfs rmmod livepatch_busy_fix'
+say "A second patch cannot complete: a worker sleeps in the function that it replaces"
+run "klpfs insmod busy.ko block_transition=Y"; prints ""
+run "klpfs insmod livepatch_busy_fix.ko"; prints ""
+B=klp/livepatch_busy_fix
+run "cat $B/enabled $B/transition"; prints $'1\n1'
+run "klpfs status"; has "sleeps in busy_work_func"
+run "grep -l '^0$' k/proc/*/patch_state"; ok
+worker=${out#k/proc/} worker=${worker%/patch_state}
+run "cat k/proc/$worker/comm k/proc/$worker/stack"; has busy_work_func
+run "klpfs rmmod livepatch_busy_fix"; [ "$rc" = 1 ] || fail "a patch in use was removed"; has "is in use"
 
-title 'Loaded again, and forced this time: the next retry completes it.'
-show 'klpfs insmod $OLDPWD/busy_fix.ko; cat livepatch_busy_fix/transition; echo 1 > livepatch_busy_fix/force'
-until_true 'the forced transition' '[ "$(cat livepatch_busy_fix/transition)" = 0 ]'
-show 'cat livepatch_busy_fix/enabled livepatch_busy_fix/transition'
+say "The transition is reversed; the patch's directory goes"
+run "echo 0 > $B/enabled"; prints ""
+within 5 "[ ! -e $B ]"
+run "ls klp"; prints livepatch_cmdline
+within 5 "[ \$(cat k/sys/module/livepatch_busy_fix/refcnt) = 0 ]"
+run "klpfs rmmod livepatch_busy_fix"; prints ""
 
-title 'Disabled by writing 0: the write returns, the worker removes the directory, and only then the module is free.'
-show 'cat $M/sys/module/livepatch_cmdline/refcnt; echo 0 > livepatch_cmdline/enabled'
-until_true 'removal of the directory' '[ ! -e livepatch_cmdline ]'
-until_true 'the last reference' '[ "$(cat $M/sys/module/livepatch_cmdline/refcnt)" = 0 ]'
-show 'ls; cat livepatch_cmdline/enabled'
-show 'cat $M/sys/module/livepatch_cmdline/refcnt; klpfs rmmod livepatch_cmdline; klpfs lsmod'
-expect 'the module is gone' '[ ! -e $M/sys/module/livepatch_cmdline ]'
+say "Once more, and forced this time: the next retry, at most a second later, completes it"
+run "klpfs insmod livepatch_busy_fix.ko"; prints ""
+run "cat $B/transition"; prints 1
+run "echo 1 > $B/force"; prints ""
+within 5 "[ \$(cat $B/transition) = 0 ]"
+run "cat $B/enabled $B/transition"; prints $'1\n0'
 
-title 'What the kernel log says of all that.'
-show 'klpfs dmesg --notime | grep -e livepatch: -e busy'
-expect 'the log has the story' 'klpfs dmesg --notime | grep -qF "livepatch: forcing remaining tasks to the patched state"'
-cd "$work"
-show 'klpfs umount $M'
-expect 'nothing is mounted any more' '! mountpoint -q $M'
-[ $failed = 0 ] && printf '\nThe demo went as it should.\n' || exit 1
+say "Writing 0 returns at once, while a task still runs in the patched code: the directory is still there"
+run "klpfs task add --comm reader --state D --stack livepatch_cmdline:livepatch_cmdline_proc_show"; ok
+reader=$out
+run "echo 0 > $P/enabled"; prints ""
+run "cat $P/enabled $P/transition k/sys/module/livepatch_cmdline/refcnt"; prints $'0\n1\n1'
+
+say "When the task has left it, the worker frees the patch: the directory vanishes, then the module's reference drops"
+run "klpfs task wake $reader"; prints ""
+within 5 "[ ! -e $P ]"
+run "cat $P/enabled"; [ "$rc" != 0 ] || fail "the file is still there"; has "No such file or directory"
+within 5 "[ \$(cat k/sys/module/livepatch_cmdline/refcnt) = 0 ]"
+run "cat k/sys/module/livepatch_cmdline/refcnt"; prints 0
+run "klpfs lsmod"; ok; has livepatch_cmdline
+run "klpfs rmmod livepatch_cmdline"; prints ""
+run "klpfs lsmod | cut -d' ' -f1"; prints $'Module\nlivepatch_busy_fix\nbusy'
+
+say "The kernel log of all that"
+run "klpfs dmesg"; ok
+has "livepatch: 'livepatch_busy_fix': starting unpatching transition"
+has "livepatch: forcing remaining tasks to the patched state"
+has "livepatch: 'livepatch_cmdline': unpatching complete"
+
+say "The end"
+run "klpfs umount k"; prints ""
+run "ls k"; prints ""
