@@ -14,10 +14,12 @@ Source
 
 from __future__ import annotations
 
+import array
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 log = logging.getLogger("klpfs.world")
+
+_UCRED = struct.Struct("3i")
 
 #: Directories of the host's sysfs whose content is shown beside the emulated kernel's.
 _MERGED = ("sys/kernel", "sys/kernel/debug")
@@ -148,6 +152,7 @@ class _Daemon:
         self.to_front = to_front
         self.to_init = to_init
         self.log_fd = log_fd
+        self.init_pid = 0
 
     async def run(self) -> None:
         """Boot, serve, and return when the front is gone."""
@@ -234,10 +239,11 @@ class _Daemon:
         assert isinstance(nursery, trio.Nursery)
         while True:
             await trio.lowlevel.wait_readable(self.to_init)
-            message, fds, _flags, _address = socket.recv_fds(self.to_init, 64, 8)
+            message, fds, sender = self._receive()
             if not message:
                 return  # pid 1 has ended; the front says so in a moment
             if message == b"F":
+                self.init_pid = sender
                 self._proc(machine, fds[1])
                 await self._start_fuse(machine, nursery, fds[0])
             elif message == b"R":
@@ -248,6 +254,19 @@ class _Daemon:
                 self.to_init.send(b"G")
             elif message == b"C":
                 os.kill(os.getppid(), signal.SIGCONT)
+
+    def _receive(self) -> tuple[bytes, list[int], int]:
+        """One message of pid 1: its text, descriptors, and the sender's pid as it is known here."""
+        room = socket.CMSG_SPACE(4 * 8) + socket.CMSG_SPACE(_UCRED.size)
+        message, ancillary, _flags, _address = self.to_init.recvmsg(64, room)
+        fds = array.array("i")
+        sender = 0
+        for _level, kind, data in ancillary:
+            if kind == socket.SCM_RIGHTS:
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+            elif kind == socket.SCM_CREDENTIALS:
+                sender = _UCRED.unpack(data)[0]
+        return message, list(fds), sender
 
     async def _start_fuse(self, machine: Machine, nursery: object, fd: int) -> None:
         import trio
@@ -292,7 +311,9 @@ class _Daemon:
         assert isinstance(nursery, trio.Nursery)
         interrupts = Interrupts(f"/proc/self/fd/{self.proc.fd}")
         nursery.start_soon(interrupts.run)
-        calls = Syscalls(machine, self.proc, self.tasks, interrupts, traps=self.options.traps)
+        calls = Syscalls(
+            machine, self.proc, self.tasks, interrupts, init_pid=self.init_pid, traps=self.options.traps
+        )
         supervisor = Supervisor(fd, nursery)
         calls.register(supervisor)
         supervisor.start()

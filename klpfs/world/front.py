@@ -307,6 +307,7 @@ def run(options: Options) -> int:
     front_daemon, daemon_front = _pair()
     front_init, init_front = _pair()
     daemon_init, init_daemon = _pair()
+    daemon_init.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # so that the daemon learns pid 1's pid outside
     try:
         daemon = os.fork()
         if daemon == 0:

@@ -187,7 +187,7 @@ def main(options: Options, to_front: socket.socket, to_daemon: socket.socket, si
         fuse = mount_fuse()
         _send_fds(to_daemon, b"F", [fuse, proc])
         os.close(fuse)
-        place_tree(proc, report=lambda run: _send_fds(to_daemon, b"R", [run]))
+        place_tree(report=lambda run: _send_fds(to_daemon, b"R", [run]))
         release = _receive(to_daemon).decode()
         set_up_modules(release, options.modules)
         _reserve_pids(proc)

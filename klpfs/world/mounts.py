@@ -146,10 +146,10 @@ def _bind_kmsg(source: str) -> None:
         sysapi.bind(source, "/dev/kmsg")
 
 
-def place_tree(proc: int, *, report: Callable[[int], None]) -> None:
-    """Bind the parts of the tree at /proc to where they belong; *proc* is the descriptor of the procfs.
+def place_tree(*, report: Callable[[int], None]) -> None:
+    """Bind the parts of the tree at /proc to where they belong.
 
-    *report* is given a descriptor (O_PATH) of the private tmpfs, before /proc is covered. Raises WorldError.
+    *report* is given a descriptor (O_PATH) of the private tmpfs. Raises WorldError.
     """
     try:
         os.listdir("/proc/sys/kernel")  # one READDIRPLUS instead of a LOOKUP for each name below
@@ -164,14 +164,13 @@ def place_tree(proc: int, *, report: Callable[[int], None]) -> None:
             os.mkdir("/sys/module")
             sysapi.bind("/proc/sys/module", "/sys/module")
         _bind_kmsg("/proc/dev/kmsg")
-        hidden = f"/proc/proc/{HIDDEN}"
-        os.fchdir(proc)
-        sysapi.bind(".", f"{hidden}/proc")
+        sysapi.bind("/proc/proc", "/proc")
+        hidden = f"/proc/{HIDDEN}"
+        sysapi.mount("proc", f"{hidden}/proc", "proc", sysapi.MS_NOSUID | sysapi.MS_NODEV | sysapi.MS_NOEXEC)
         sysapi.mount("klpfs", f"{hidden}/run", "tmpfs", sysapi.MS_NOSUID | sysapi.MS_NODEV, "mode=755,size=1m")
         run = os.open(f"{hidden}/run", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         report(run)
         os.close(run)
-        sysapi.bind("/proc/proc", "/proc")
     except OSError as err:
         if err.errno in (errno.ENOTCONN, errno.ECONNABORTED):
             raise WorldError("the daemon ended while the world was being made") from None

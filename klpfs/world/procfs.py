@@ -61,8 +61,9 @@ class WorldProc:
         return self.host_entry(name, "")
 
     def list(self) -> Iterable[str]:
-        names = self.proc.listdir(".")
-        return [*names, *self.emulated.tasks.list()]
+        names = [*self.proc.listdir("."), *self.emulated.tasks.list()]
+        pids = [name for name in names if name.isdigit()]
+        return [*(name for name in names if not name.isdigit()), *sorted(pids, key=int)]
 
     def host_entry(self, path: str, up: str) -> Entry | None:
         """A link to *path* in the procfs; *up* leads from the directory it is in to /proc. None if it is not there."""

@@ -78,8 +78,16 @@ class Syscalls:
     """The handlers of one world."""
 
     def __init__(
-        self, machine: Machine, proc: HostProc, tasks: WorldTasks, interrupts: Interrupts, *, traps: tuple[str, ...]
+        self,
+        machine: Machine,
+        proc: HostProc,
+        tasks: WorldTasks,
+        interrupts: Interrupts,
+        *,
+        init_pid: int,
+        traps: tuple[str, ...],
     ) -> None:
+        """*init_pid* is pid 1 of the world as the daemon's PID namespace has it."""
         self.machine = machine
         self.proc = proc
         self.tasks = tasks
@@ -87,7 +95,8 @@ class Syscalls:
         self.syslog_state = Syslog(machine.printk)
         self._pidfds: dict[int, Task] = {}
         self._own_uts = os.stat("/proc/self/ns/uts").st_ino
-        self._own_depth = len(self.proc.status(1)["NSpid"].split())
+        # how far down in the list of a thread's numbers is the one that the world knows
+        self._depth = len(_nspid(init_pid)) - 1
         self._pid_ns = self.proc.readlink("1/ns/pid")
         self._addresses: dict[str, int] = {}
         for name in traps:
@@ -127,10 +136,8 @@ class Syscalls:
     def tid(self, call: Call) -> int:
         """The caller's thread id in the world. Raises OSError(ESRCH) when it has died."""
         try:
-            with open(f"/proc/{call.pid}/status", "rb") as file:
-                line = next(line for line in file if line.startswith(b"NSpid:"))
-            return int(line.split()[self._own_depth])
-        except (OSError, StopIteration, IndexError):
+            return _nspid(call.pid)[self._depth]
+        except (OSError, IndexError):
             raise _fail(errno.ESRCH) from None
 
     def _may(self, call: Call, cap: int) -> int:
@@ -380,6 +387,15 @@ class Syscalls:
             call.fail((1 << 64) - result)
         else:
             call.answer(result - (1 << 64) if result >> 63 else result)
+
+
+def _nspid(pid: int) -> list[int]:
+    """The numbers of a thread in each PID namespace that it is in, the daemon's first. Raises OSError."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"NSpid:"):
+                return [int(number) for number in line.split()[1:]]
+    return []
 
 
 def _eventfd_id(directory: str, fd: int) -> int:
