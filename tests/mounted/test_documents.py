@@ -68,6 +68,5 @@ def test_the_demo(tmp_path: Path) -> None:
         [REPO / "examples/demo.sh"], env=cli.env, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "The demo went as it should." in done.stdout
     assert "livepatch: forcing remaining tasks to the patched state" in done.stdout
     assert "\x1b" not in done.stdout
