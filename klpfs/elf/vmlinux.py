@@ -291,15 +291,16 @@ _METHODS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
 class _Kallsyms:
     """The tables of scripts/kallsyms.c in a kernel's read-only data.
 
-    The order in the file is: number of symbols, names, markers, token table, token index; the offsets and their base
-    come after that (since 6.4) or before it. Each table starts at a multiple of eight bytes.
+    The order in the file is: number of symbols, names, markers, token table, token index. The offsets and their base
+    come after that (since 6.4) or before it; the order of names (three bytes a symbol) is the last table since 6.4, or
+    stands behind the markers (6.2, 6.3 and late 6.1). Each table starts at a multiple of eight bytes.
     """
 
     def __init__(self, data: bytes, filename: str) -> None:
         self.data = data
         self.filename = filename
         self.tokens, table, after = self._find_tokens()
-        self.names, self.count = self._find_names(table)
+        self.names, self.count = self._find_names(table) or self._search_names(table)
         self.offsets, self.base = self._find_offsets(after)
 
     def _find_tokens(self) -> tuple[list[bytes], int, int]:
@@ -326,24 +327,26 @@ class _Kallsyms:
             at = self.data.find(digits, at + 1)
         raise ImageError(f"{self.filename}: no kallsyms token table; was it built without CONFIG_KALLSYMS?")
 
-    def _find_names(self, end: int) -> tuple[int, int]:
-        """Start of the compressed names and the number of symbols, from the markers before the token table."""
+    def _find_names(self, end: int) -> tuple[int, int] | None:
+        """Start of the compressed names and the number of symbols, from the markers before the token table.
+
+        None when there are no markers there.
+        """
         data = self.data
-        start = end - 4
-        while start > 0 and data[start : start + 4] == b"\0\0\0\0":
-            start -= 4  # alignment, or a lone first marker, which no kernel has
-        markers = 0
-        last = struct.unpack_from("<I", data, start)[0]
-        position, value = start, last
+        position = end - 4
+        if position > 0 and data[position:end] == b"\0\0\0\0":
+            position -= 4  # alignment
+        markers, last = 0, struct.unpack_from("<I", data, max(position, 0))[0]
+        value = last
         while value and position >= 4:
             markers += 1
             position -= 4
             before = struct.unpack_from("<I", data, position)[0]
             if before >= value:
-                break
+                return None
             value = before
         if value:
-            raise ImageError(f"{self.filename}: no kallsyms markers before the token table")
+            return None
         markers += 1
         low, high = (markers - 1) * 256 + 1, markers * 256
         # the number of symbols stands eight bytes before the names; 256 names take at most 256 * 130 bytes
@@ -352,7 +355,36 @@ class _Kallsyms:
             (count,) = struct.unpack_from("<I", data, candidate - 8)
             if low <= count <= high and self._walk(candidate, count, position):
                 return candidate, count
-        raise ImageError(f"{self.filename}: no kallsyms names before the markers")
+        return None
+
+    def _search_names(self, end: int) -> tuple[int, int]:
+        """The same, where the order of names stands between the markers and the token table: by their sizes."""
+        for i, (count,) in enumerate(struct.iter_unpack("<Q", self.data[: end & ~7])):
+            if not 256 < count < 1 << 22:
+                continue
+            names = 8 * i + 8
+            markers = end - _align8(3 * count) - _align8(4 * ((count + 255) // 256))
+            if names < markers and self._plausible(names) and self._walk(names, count, markers):
+                return names, int(count)
+        raise ImageError(f"{self.filename}: no kallsyms names before the token table")
+
+    def _plausible(self, position: int) -> bool:
+        """Whether some names at a position look like symbols: a type letter and a printable name."""
+        for _ in range(16):
+            text, position = self._name(position)
+            if len(text) < 2 or not text[:1].isalpha() or not text.isascii() or not text.decode().isprintable():
+                return False
+        return True
+
+    def _name(self, position: int) -> tuple[bytes, int]:
+        """The type letter and name at a position, and the position behind it."""
+        length = self.data[position]
+        position += 1
+        if length & 0x80:
+            length = length & 0x7F | self.data[position] << 7
+            position += 1
+        tokens = self.tokens
+        return b"".join([tokens[code] for code in self.data[position : position + length]]), position + length
 
     def _walk(self, position: int, count: int, end: int) -> bool:
         """Whether ``count`` names from a position end where the markers start."""
@@ -381,17 +413,13 @@ class _Kallsyms:
         raise ImageError(f"{self.filename}: no kallsyms addresses")
 
     def symbols(self) -> Iterator[KernelSymbol]:
-        data, tokens, position, base = self.data, self.tokens, self.names, self.base
+        """All symbols in the order of the table."""
+        position, base = self.names, self.base
         # CONFIG_KALLSYMS_ABSOLUTE_PERCPU: kernel addresses are negative offsets, those of per-CPU data positive
         percpu = sum(offset < 0 for offset in self.offsets) > self.count // 2
         for offset in self.offsets:
-            length = data[position]
-            position += 1
-            if length & 0x80:
-                length = length & 0x7F | data[position] << 7
-                position += 1
-            text = b"".join([tokens[code] for code in data[position : position + length]]).decode("latin-1")
-            position += length
+            raw, position = self._name(position)
+            text = raw.decode("latin-1")
             address = base + (offset & 0xFFFFFFFF)
             if percpu:
                 address = offset if offset >= 0 else base - 1 - offset

@@ -48,8 +48,8 @@ def align(data: bytes, size: int = 8) -> bytes:
     return data + bytes(-len(data) % size)
 
 
-def kallsyms(symbols: list[tuple[int, str, str]], *, offsets_first: bool = False, percpu: bool = True) -> bytes:
-    """The tables of scripts/kallsyms.c."""
+def kallsyms(symbols: list[tuple[int, str, str]], *, order: str = "6.4", percpu: bool = True) -> bytes:
+    """The tables of scripts/kallsyms.c in the order of a version: 6.4, 6.2, or 6.0."""
     texts = [(kind + name).encode() for _, kind, name in symbols]
     used = set(b"".join(texts)) | set(b"0123456789")
     free = iter(code for code in range(1, 256) if code not in used)
@@ -73,9 +73,11 @@ def kallsyms(symbols: list[tuple[int, str, str]], *, offsets_first: bool = False
     else:
         values = [address - base for address, _, _ in symbols]
     place = align(struct.pack(f"<{len(values)}{'i' if percpu else 'I'}", *values)) + struct.pack("<Q", base)
+    seqs = align(b"".join(number.to_bytes(3, "big") for number in range(len(symbols))))
     body = align(struct.pack("<I", len(symbols))) + align(names) + align(struct.pack(f"<{len(markers)}I", *markers))
+    body += seqs if order == "6.2" else b""
     body += align(table) + align(struct.pack("<256H", *index))
-    return place + body if offsets_first else body + place
+    return body + place + seqs if order == "6.4" else place + body
 
 
 def btf(structs: dict[str, tuple[int, list[tuple[str, int]]]]) -> bytes:

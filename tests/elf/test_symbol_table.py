@@ -138,8 +138,15 @@ def test_a_few_names_cost_a_few_blocks() -> None:
     assert seconds < 0.5  # 5 ms where nothing else runs
 
 
-def test_shipped_table_is_small() -> None:
-    assert Path(shipped_table("6.12").path).stat().st_size < 1 << 20
+@pytest.mark.parametrize("kernel", ["6.12", "6.1"])
+def test_shipped_tables_are_small_and_in_order(kernel: str) -> None:
+    shipped = shipped_table(kernel)
+    assert shipped.release.startswith(kernel + ".")
+    assert Path(shipped.path).stat().st_size < 1 << 20
+    addresses = [address for address, _, _ in shipped]
+    assert addresses == sorted(addresses)
+    assert {"_text", "_stext", "_etext", "_end"} <= {name for _, _, name in shipped}
+    assert len(shipped.lookup("cmdline_proc_show")) == 1
 
 
 def test_generator_makes_and_checks_a_table(tmp_path: Path) -> None:
