@@ -5,7 +5,8 @@ set -euo pipefail
 modules=$(cd "$(dirname "$0")/modules" && pwd)
 work=$(mktemp -d "${TMPDIR:-/tmp}/klpfs-demo.XXXXXX")
 cd "$work"
-export KLPFS_MOUNT=$work/k LC_ALL=C.UTF-8
+export XDG_RUNTIME_DIR=$work/run LC_ALL=C.UTF-8  # a registry of its own: other mounts do not matter
+mkdir -m 700 run
 
 clean_up() {
     cd /
@@ -25,7 +26,7 @@ say() { printf '\n%s# %s%s\n' "$dim" "$*" "$off"; }
 run() {
     printf '%s$ %s%s\n' "$bold" "$1" "$off"
     rc=0
-    out=$(eval "$1" 2>&1) || rc=$?
+    out=$(eval "$1" 2>&1 | sed -E "s#^$0: line [0-9]+: #bash: #") || rc=$?
     [ -z "$out" ] || printf '%s\n' "$out"
 }
 fail() {
@@ -56,6 +57,7 @@ run "klpfs mount k"; ok
 run "ls k"; prints $'dev\nproc\nsys'
 run "ln -s k/sys/kernel/livepatch klp; ls klp"; prints ""
 run "klpfs mkmod modules/{cmdline,busy,busy_fix}.toml -o ."; prints ""
+run "modinfo -F livepatch livepatch_cmdline.ko"; prints Y
 
 say "A patch is enabled: /proc/cmdline comes from its new function"
 run "head -c 60 k/proc/cmdline"; ok; [ "$out" != "livepatch_cmdline: this has been live patched" ] || fail "patched already"
@@ -74,6 +76,7 @@ run "klpfs status"; has "sleeps in busy_work_func"
 run "grep -l '^0$' k/proc/*/patch_state"; ok
 worker=${out#k/proc/} worker=${worker%/patch_state}
 run "cat k/proc/$worker/comm k/proc/$worker/stack"; has busy_work_func
+run "echo 0 > klp/livepatch_cmdline/enabled"; [ "$rc" = 1 ] || fail "two transitions at a time"; has "Device or resource busy"
 run "klpfs rmmod livepatch_busy_fix"; [ "$rc" = 1 ] || fail "a patch in use was removed"; has "is in use"
 
 say "The transition is reversed; the patch's directory goes"
@@ -115,3 +118,4 @@ has "livepatch: 'livepatch_cmdline': unpatching complete"
 say "The end"
 run "klpfs umount k"; prints ""
 run "ls k"; prints ""
+printf '\nThe demo went as it should.\n'
