@@ -173,29 +173,36 @@ class _Daemon:
     # -- the tree -----------------------------------------------------------------------------------------------------
 
     def _stand_ins(self, machine: Machine) -> None:
-        """Entries without permissions for what pid 1 binds there from the host's sysfs."""
+        """Entries without permissions for what pid 1 binds there from the host."""
+        for directory in _MERGED:
+            self._stand_in(machine, directory)
+        sysctls = machine.kernfs.make_path("proc/sys/kernel")
+        if any(not os.path.exists(f"/{node.path()}") for node in sysctls.children()):
+            self._stand_in(machine, "proc/sys/kernel")
+
+    @staticmethod
+    def _stand_in(machine: Machine, directory: str) -> None:
         from klpfs.kernfs import SeqFile
 
         kernfs = machine.kernfs
-        for directory in _MERGED:
-            try:
-                entries = list(os.scandir(f"/{directory}"))
-            except OSError:
-                continue  # not mounted, or not for this user
-            node = kernfs.make_path(directory)
-            for entry in entries:
-                if node.get(entry.name) is not None or entry.is_symlink():
-                    continue
-                if entry.is_dir():
-                    kernfs.create_dir(node, entry.name, 0)
-                else:
-                    kernfs.create_file(node, entry.name, SeqFile(), 0)
+        try:
+            entries = list(os.scandir(f"/{directory}"))
+        except OSError:
+            return  # not mounted, or not for this user
+        node = kernfs.make_path(directory)
+        for entry in entries:
+            if node.get(entry.name) is not None or entry.is_symlink():
+                continue
+            if entry.is_dir():
+                kernfs.create_dir(node, entry.name, 0)
+            else:
+                kernfs.create_file(node, entry.name, SeqFile(), 0)
 
     def _proc(self, machine: Machine, fd: int) -> None:
         """Make /proc the world's; *fd* is the procfs."""
         from klpfs.world.hostproc import HostProc
         from klpfs.world.mounts import HIDDEN
-        from klpfs.world.procfs import HostDir, WorldProc
+        from klpfs.world.procfs import WorldProc
         from klpfs.world.tasks import WorldTasks
 
         self.proc = proc = HostProc(fd)
@@ -206,8 +213,6 @@ class _Daemon:
         for name in ("proc", "run"):
             kernfs.make_path(f"proc/{HIDDEN}/{name}")
         root.provider = world
-        for path in ("sys", "sys/kernel"):
-            kernfs.make_path(f"proc/{path}").provider = HostDir(world, path)
         emulated = machine.procfs
         emulated.task_of = lambda caller: tasks.ensure(caller.pid)
         profile, keep = self.kernel, self.options.keep_uname

@@ -24,7 +24,6 @@ import os
 import select
 import signal
 import socket
-import sys
 
 from klpfs.world import bpf, sysapi
 from klpfs.world.front import Signals, complain
@@ -196,7 +195,7 @@ def main(options: Options, to_front: socket.socket, to_daemon: socket.socket, si
     except WorldError as err:
         return _fail(to_front, str(err))
     os.close(proc)
-    sys.stdout.flush()
+    os.chdir("/")
     command = os.fork()
     if command == 0:
         os._exit(_launch(options, signals, to_daemon, cwd))

@@ -152,6 +152,7 @@ def set_up(release: str, modules: str | None) -> None:
     here = os.open(".", os.O_PATH | os.O_DIRECTORY)
     try:
         build = headers_of(release)
+        build = os.path.realpath(build) if build else None
         if not os.path.isdir(base):
             overlay_dir(os.path.dirname(base))
             os.mkdir(base, 0o755)
@@ -166,7 +167,7 @@ def set_up(release: str, modules: str | None) -> None:
                 if modules is None or not name.startswith("modules."):
                     _place(f"./{name}", f"{directory}/{name}", os.path.abspath(modules or directory))
         if build and not os.path.lexists(f"{directory}/build"):
-            os.symlink(os.path.realpath(build), f"{directory}/build")
+            os.symlink(build, f"{directory}/build")
         _add_build(directory, release)
         for name, data in _INDEX_FILES.items():
             if not os.path.exists(f"{directory}/{name}"):

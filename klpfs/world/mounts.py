@@ -146,6 +146,28 @@ def _bind_kmsg(source: str) -> None:
         sysapi.bind(source, "/dev/kmsg")
 
 
+def _place_sysctls(host: str) -> None:
+    """/proc/sys is the procfs's, *host*, with the emulated kernel's files over those of the same names.
+
+    It cannot be made of links: sysctl(8) does not follow any that lead out of /proc/sys.
+    """
+    emulated = os.open("/proc/sys/kernel", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    names = os.listdir("/proc/sys/kernel")
+    merged = any(stat.S_IMODE(os.lstat(f"/proc/sys/kernel/{name}").st_mode) == 0 for name in names)
+    sysapi.bind(host, "/proc/sys")
+    os.fchdir(emulated)
+    if merged:
+        # the host's kernel lacks one of the files, and nothing can be created there
+        inner = os.open(f"{host}/kernel", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        sysapi.bind("../kernel", "/proc/sys/kernel")
+        bind_host_entries(inner, "/proc/sys/kernel")
+        os.close(inner)
+    else:
+        for name in names:
+            sysapi.bind(f"./{name}", f"/proc/sys/kernel/{name}")
+    os.close(emulated)
+
+
 def place_tree(*, report: Callable[[int], None]) -> None:
     """Bind the parts of the tree at /proc to where they belong.
 
@@ -171,6 +193,7 @@ def place_tree(*, report: Callable[[int], None]) -> None:
         run = os.open(f"{hidden}/run", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         report(run)
         os.close(run)
+        _place_sysctls(f"{hidden}/proc/sys")
     except OSError as err:
         if err.errno in (errno.ENOTCONN, errno.ECONNABORTED):
             raise WorldError("the daemon ended while the world was being made") from None

@@ -1,11 +1,11 @@
 """/proc of a world: the host's for its real processes, with the emulated kernel's files and tasks in it.
 
 Model
-    A directory provider for /proc itself, for /proc/sys and /proc/sys/kernel, and for each process. What the emulated
-    kernel says nothing about is a symbolic link to the same place in the procfs below ``/proc/.klpfs/proc``; so reading
-    it costs the daemon a look-up and nothing more, and descriptors, mappings and the like are the real ones. ``exe``,
-    ``cwd`` and ``root`` are links with the text of the real ones. ``patch_state``, ``stack`` and ``wchan`` are files of
-    their own, and so is everything about emulated tasks.
+    A directory provider for /proc itself and for each process. What the emulated kernel says nothing about is a
+    symbolic link to the same place in the procfs below ``/proc/.klpfs/proc``; so reading it costs the daemon a look-up
+    and nothing more, and descriptors, mappings and the like are the real ones. ``exe``, ``cwd`` and ``root`` are links
+    with the text of the real ones. ``patch_state``, ``stack`` and ``wchan`` are files of their own, and so is
+    everything about emulated tasks. (/proc/sys is mounted: see :mod:`.mounts`.)
 
 Locks
     None: providers run on the trio thread. They never follow a link, so that they cannot lead into this file system.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from klpfs.world.hostproc import HostProc
     from klpfs.world.tasks import WorldTasks
 
-__all__ = ["HostDir", "WorldProc"]
+__all__ = ["WorldProc"]
 
 _TEXT_LINKS = frozenset({"exe", "cwd", "root"})
 
@@ -144,7 +144,7 @@ class _ProcessDir:
         async def ashow(caller: Caller) -> bytes:
             return show()
 
-        return Entry.file(SeqFile(ashow), mode, uid=self.uid, gid=self.gid)
+        return Entry.file(SeqFile(ashow, write_errno=errno.EINVAL), mode, uid=self.uid, gid=self.gid)
 
     def _link_text(self, path: str, caller: Caller) -> str:
         self.world.may_look(caller, self.uid)
@@ -193,24 +193,6 @@ class _ThreadsDir:
         if not (name.isascii() and name.isdigit()):
             return None
         return self.world.process_dir(f"{self.path}/{name}", self.up, thread=True)
-
-    def list(self) -> Iterable[str]:
-        try:
-            return self.world.proc.listdir(self.path)
-        except OSError:
-            return []
-
-
-class HostDir:
-    """What the procfs has in one directory (*path*), beside what the emulated kernel has there."""
-
-    def __init__(self, world: WorldProc, path: str) -> None:
-        self.world = world
-        self.path = path
-        self.up = "../" * (path.count("/") + 1)
-
-    def lookup(self, name: str) -> Entry | None:
-        return self.world.host_entry(f"{self.path}/{name}", self.up)
 
     def list(self) -> Iterable[str]:
         try:
