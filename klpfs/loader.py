@@ -243,8 +243,8 @@ class Loader:
 
 def _param(name: str, kind: str, perm: int, length: int, default: str | None) -> ParamDesc:
     desc = ParamDesc(name, kind, perm, max=length)
-    if default is None or length:
+    if default is None or (desc.is_array and not default):
         return desc
     value = Param(desc)
     value.set(default)
-    return ParamDesc(name, kind, perm, default=value.value)
+    return ParamDesc(name, kind, perm, default=value.shown, max=length)
