@@ -105,8 +105,8 @@ class Vmlinux:
         text = AREAS["text"]
         for symbol in self._table.lookup(name):
             room = len(NATIVE.get(name, b"\xf4"))
-            if text.base <= symbol.addr < L.TEXT_SLOTS - 16 and all(symbol.addr + i not in self.functions for i in range(room)):
-                addr = symbol.addr
+            if text.base <= symbol.address < L.TEXT_SLOTS - 16 and all(symbol.address + i not in self.functions for i in range(room)):
+                addr = symbol.address
                 break
         if not addr:
             addr, self._next_slot = self._next_slot, self._next_slot + L.TEXT_SLOT_SIZE

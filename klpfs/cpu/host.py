@@ -1,0 +1,555 @@
+"""The daemon's side of module execution: calls into emulated code, and what comes back meanwhile.
+
+Model
+    :meth:`Cpu.call` starts an emulated thread and serves it until it returns: events are answered by
+    :mod:`klpfs.cpu.events` in the trio task that made the call, sleeps are slept here on the machine's clock. So a call
+    behaves like a function that blocks. While code runs, a clock that jumps to the next deadline does not jump: emulated
+    code takes no emulated time, unless it spins.
+
+    A task that runs module code has the call chains of its threads on its stack, as of their last kernel call that may
+    block; while its code runs it is on a CPU.
+
+Locks
+    Trio thread only.
+
+Source
+    kernel/sched/core.c in spirit; what a crash does is kernel/exit.c (``make_task_dead``) with the daemon left alive.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import proto
+from klpfs.cpu.events import Events
+from klpfs.cpu.heap import HostHeap
+from klpfs.cpu.layout import AREAS, U64
+from klpfs.cpu.oops import ModuleOops, OopsContext, oops_lines, warn_lines
+from klpfs.cpu.process import SandboxProcess
+from klpfs.cpu.space import Space, create_memory
+from klpfs.cpu.vmlinux import INITIAL_JIFFIES, Vmlinux
+from klpfs.kernel.kernel import TAINT_LETTERS
+
+if TYPE_CHECKING:
+    from klpfs.cpu.code import CpuCode
+    from klpfs.elf.reader import ElfModule
+    from klpfs.kernel.sched import Task
+    from klpfs.machine import Machine
+
+__all__ = ["Cpu", "HostThread", "attach", "available", "to_errno"]
+
+log = logging.getLogger(__name__)
+
+_NOBODY = proto.TaskInfo(1, 1, "insmod")
+"""Whom code runs for when it is called from outside."""
+_NS = 1_000_000_000
+
+
+def to_errno(value: int) -> int:
+    """An ``int`` that C code returned: the low 32 bits, signed."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
+@dataclass(eq=False)
+class HostThread:
+    """One call in progress."""
+
+    tid: int
+    task: Task | None
+    info: proto.TaskInfo
+    module: str
+    inbox: deque[proto.FromSandbox] = field(default_factory=deque)
+    arrived: trio.Event | None = None
+    running: bool = True
+    chain: list[int] = field(default_factory=list)
+    reliable: bool = True
+
+    def post(self, message: proto.FromSandbox) -> None:
+        """A message for whoever serves the thread."""
+        self.inbox.append(message)
+        if self.arrived is not None:
+            self.arrived.set()
+
+
+def available() -> bool:
+    """Whether the execution engine (unicorn) is installed."""
+    return importlib.util.find_spec("unicorn") is not None
+
+
+def attach(machine: Machine, limits: proto.Limits | None = None) -> Cpu | None:
+    """Give *machine* an engine, started in the background; None if there is none to be had (the reason is logged)."""
+    if not available():
+        return None
+    try:
+        machine.engine = cpu = Cpu(machine, limits)
+    except OSError as error:
+        log.warning("no module execution: %s", error)
+        return None
+    return cpu
+
+
+class Cpu:
+    """The execution engine of one machine. Construct inside the machine's block: it starts the sandbox at once."""
+
+    def __init__(self, machine: Machine, limits: proto.Limits | None = None) -> None:
+        self.machine = machine
+        self.limits = limits if limits is not None else proto.Limits()
+        fd = create_memory()
+        try:
+            self.space = Space(fd)
+            # The same everywhere, so that a run can be repeated; nothing is protected by it.
+            seed = hashlib.blake2b(machine.profile.release.encode(), digest_size=24).digest()
+            canary = int.from_bytes(seed[16:], "little") & ~0xFF
+            self.vmlinux = Vmlinux(self.space, machine.kallsyms.table, cpus=machine.sched.cpus, canary=canary)
+            self.heap = HostHeap(self.space)
+            self.process = SandboxProcess(fd, self._dispatch, self._on_death)
+        finally:
+            os.close(fd)
+        self.confinement: list[str] = []
+        self.threads: dict[int, HostThread] = {}
+        self.modules: dict[str, CpuCode] = {}
+        """Executing modules by name."""
+        self.events = Events(self)
+        self._chains: dict[int, list[HostThread]] = {}
+        self._next_tid = 1
+        self._oopses = 0
+        self._jumps = machine.clock.kind == "virtual"
+        self._manual = machine.clock.kind == "manual"
+        self._boot_realtime = time.time() - machine.clock.now()
+        self._states: dict[int, int] = {}
+        self._foreign: dict[str, int] = {}
+        self._console: tuple[int, ...] = ()
+        self.send(proto.Start(self.limits, machine.sched.cpus, seed[:16], canary))
+        machine.ftrace.on_patched.append(self._on_patched)
+        machine.nursery.start_soon(self.process.run_pump, name="sandbox pump")
+        machine.nursery.start_soon(self.process.run_writer, name="sandbox writer")
+
+    # -- the machine's interface ------------------------------------------------------------------------------------
+
+    async def code(self, machine: Machine, elf: ElfModule) -> CpuCode:
+        """What runs the module *elf* (see :class:`klpfs.machine.Engine`)."""
+        from klpfs.cpu.code import CpuCode
+
+        return CpuCode(machine, elf, self)
+
+    async def aclose(self) -> None:
+        """End the sandbox."""
+        self.process.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether code can be executed."""
+        return self.process.alive
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Send a message to the sandbox, new kernel functions first. Raises OSError(EIO) when it is gone."""
+        try:
+            if self.vmlinux.pending:
+                items, self.vmlinux.pending = self.vmlinux.pending, []
+                if not isinstance(message, proto.Start):
+                    self.process.send(proto.Stubs(items))
+                else:
+                    self.process.send(message)
+                    message = proto.Stubs(items)
+            self.process.send(message)
+        except BrokenPipeError as error:
+            raise OSError(errno.EIO, "the execution sandbox is gone") from error
+
+    def _dispatch(self, message: proto.FromSandbox) -> None:
+        if isinstance(message, proto.Ready):
+            self.confinement = message.confinement
+            log.info("sandbox ready: %s, confined by %s", message.engine, ", ".join(message.confinement))
+            return
+        thread = self.threads.get(message.tid)
+        if thread is None:
+            return  # it was given up
+        match message:
+            case proto.Print():
+                self.machine.printk.printk(message.text, caller=f"T{thread.info.pid}")
+            case proto.Warned():
+                self._log(warn_lines(message.report, self._context(thread)), thread)
+                if message.report.kind == "warn":
+                    self.machine.kernel.add_taint("W")
+            case proto.Unblock():
+                thread.running = True
+                thread.post(message)
+            case _:
+                thread.running = False
+                thread.post(message)
+
+    def _on_death(self, why: str) -> None:
+        log.error("sandbox lost: %s", why)
+        plain = self.machine.printk.logger("")
+        plain.emerg(f"klpfs: module execution stopped: the sandbox is gone: {why}")
+        plain.emerg("klpfs: code of real modules cannot run any more in this machine")
+        for thread in list(self.threads.values()):
+            thread.running = False
+            if thread.arrived is not None:
+                thread.arrived.set()
+
+    def _log(self, lines: Sequence[tuple[int, str]], thread: HostThread) -> None:
+        for level, text in lines:
+            self.machine.printk.emit(level, text, caller=f"T{thread.info.pid}")
+
+    def _context(self, thread: HostThread) -> OopsContext:
+        machine = self.machine
+
+        def symbol(addr: int) -> str:
+            found = machine.kallsyms.lookup(addr)
+            return str(found) if found is not None else self._slot(addr)
+
+        def function(addr: int) -> str:
+            found = machine.kallsyms.lookup(addr)
+            return found.name if found is not None else self._slot(addr)
+
+        listed = "".join(f" {mod.name}{mod.flags()}" for mod in reversed(machine.modules.modules.values()))
+        return OopsContext(
+            thread.info,
+            self._oopses,
+            machine.profile.release,
+            "",
+            machine.kernel.tainted,
+            TAINT_LETTERS,
+            f"Modules linked in:{listed}",
+            symbol,
+            function,
+        )
+
+    def _slot(self, addr: int) -> str:
+        return self.vmlinux.name_of(addr) or f"0x{addr:x}"
+
+    # -- the clock and the structures that code may read -----------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        """What changes by itself: the time, the states of modules, the console's levels."""
+        machine, space = self.machine, self.space
+        now = machine.clock.now()
+        ns = int(now * _NS)
+        base = L.TIME_PAGE
+        space.store(base + L.TIME_JIFFIES, INITIAL_JIFFIES + int(now * L.HZ))
+        space.store(base + L.TIME_MONOTONIC, ns)
+        space.store(base + L.TIME_BOOT, ns)
+        space.store(base + L.TIME_REAL, int((self._boot_realtime + now) * _NS))
+        for name, mod in machine.modules.modules.items():
+            addr = self.struct_module(name)
+            if addr:
+                state = L.MODULE_STATES[mod.state.upper()]
+                if self._states.get(addr) != state:
+                    self._states[addr] = state
+                    space.put(addr, L.MODULE_STATE, state)
+        printk = machine.printk
+        levels = (
+            printk.console_loglevel,
+            printk.default_message_loglevel,
+            printk.minimum_console_loglevel,
+            printk.default_console_loglevel,
+        )
+        if levels != self._console:
+            self._console = levels
+            for i, level in enumerate(levels):
+                space.store(self.vmlinux.variable("console_printk") + 4 * i, level, 4)
+
+    def _collect(self) -> None:
+        """What code may have changed in the kernel's variables."""
+        base = self.vmlinux.variable("console_printk")
+        levels = tuple(to_errno(self.space.load(base + 4 * i, 4)) for i in range(4))
+        if levels != self._console:
+            self._console = levels
+            printk = self.machine.printk
+            (
+                printk.console_loglevel,
+                printk.default_message_loglevel,
+                printk.minimum_console_loglevel,
+                printk.default_console_loglevel,
+            ) = levels
+
+    def struct_module(self, name: str) -> int:
+        """Address of the ``struct module`` of *name*; 0 for a module that is not executed and was not asked for."""
+        code = self.modules.get(name)
+        return code.this_module if code is not None else self._foreign.get(name, 0)
+
+    def module_address(self, name: str) -> int:
+        """As :meth:`struct_module`, made now for a module that is not executed."""
+        addr = self.struct_module(name)
+        if not addr:
+            addr = self._foreign[name] = self.heap.alloc(L.MODULE_SIZE)
+            self.space.write(addr + L.MODULE_NAME.offset, name.encode()[:55])
+        return addr
+
+    def module_name(self, addr: int) -> str | None:
+        """Whose ``struct module`` is at *addr*."""
+        for name in self.machine.modules.modules:
+            if self.struct_module(name) == addr:
+                return name
+        return None
+
+    def forget_module(self, name: str) -> None:
+        """A module is gone."""
+        self._states.pop(self.struct_module(name), None)
+        addr = self._foreign.pop(name, 0)
+        if addr:
+            self.heap.free(addr)
+
+    # -- patched functions ------------------------------------------------------------------------------------------
+
+    def _on_patched(self, addr: int, on: bool) -> None:
+        if not self.alive:
+            return
+        for code in self.modules.values():
+            if code.contains(addr):
+                site = code.ftrace_site(addr)
+                if site:
+                    self.send(proto.Patched(addr, site, on))
+                return
+        if self.vmlinux.name_of(addr) is not None:
+            self.send(proto.Patched(addr, 0, on))
+
+    # -- stacks -----------------------------------------------------------------------------------------------------
+
+    def stack_of(self, task: Task) -> list[int]:
+        """Addresses that *task* has on its stack in module code, innermost first."""
+        threads = self._chains.get(id(task), ())
+        return [addr for thread in reversed(threads) for addr in thread.chain]
+
+    def _push(self, thread: HostThread) -> None:
+        task = thread.task
+        if task is None:
+            return
+        threads = self._chains.setdefault(id(task), [])
+        threads.append(thread)
+        if len(threads) == 1:
+            task.stack_fn = lambda: self.stack_of(task)
+
+    def _pop(self, thread: HostThread) -> None:
+        task = thread.task
+        if task is None:
+            return
+        threads = self._chains[id(task)]
+        threads.remove(thread)
+        task.reliable = all(t.reliable for t in threads)
+        if not threads:
+            del self._chains[id(task)]
+            task.stack_fn = None
+
+    # -- calls ------------------------------------------------------------------------------------------------------
+
+    def _open(self, addr: int, args: Sequence[int], task: Task | None, module: str) -> HostThread:
+        if not self.alive:
+            raise OSError(errno.EIO, "the execution sandbox is gone")
+        if not module:
+            found = self.machine.kallsyms.lookup(addr)
+            module = (found.modname if found is not None else None) or ""
+        info = _NOBODY
+        if task is not None:
+            info = proto.TaskInfo(task.pid, task.tgid, task.comm, task.kthread)
+        thread = HostThread(self._next_tid, task, info, module)
+        self._next_tid += 1
+        self._refresh()
+        self.send(proto.Call(thread.tid, addr, [arg & U64 for arg in args], info, module))
+        self.threads[thread.tid] = thread
+        return thread
+
+    async def call(self, addr: int, args: Sequence[int] = (), task: Task | None = None, *, module: str = "") -> int:
+        """Call the function at *addr*; what it returned, as an unsigned 64-bit number.
+
+        It runs for *task* (default: the current one). Raises :class:`ModuleOops` when it crashed (the log has the
+        report), OSError(EIO) when the sandbox is gone.
+        """
+        if task is None:
+            task = self.machine.sched.current
+        thread = self._open(addr, args, task, module)
+        self._push(thread)
+        try:
+            return await self._serve(thread)
+        except BaseException:
+            if self.alive:
+                self.send(proto.Kill(thread.tid))
+            raise
+        finally:
+            self.threads.pop(thread.tid, None)
+            self._pop(thread)
+            self._collect()
+
+    def call_now(self, addr: int, args: Sequence[int] = (), *, module: str = "") -> int:
+        """Call a function that neither blocks nor needs the core, synchronously. Raises as :meth:`call`, and
+        OSError(EWOULDBLOCK) for one that does."""
+        thread = self._open(addr, args, self.machine.sched.current, module)
+        try:
+            deadline = time.monotonic() + 5
+            while not thread.inbox and self.alive and time.monotonic() < deadline:
+                self.process.drain(100)
+            message = thread.inbox.popleft() if thread.inbox else None
+            match message:
+                case proto.Done():
+                    return message.value
+                case proto.Died():
+                    raise self._oops(thread, message.report)
+            if self.alive:
+                self.send(proto.Kill(thread.tid))
+            raise OSError(errno.EWOULDBLOCK, f"the function at {addr:#x} waits for something")
+        finally:
+            self.threads.pop(thread.tid, None)
+
+    async def _serve(self, thread: HostThread) -> int:
+        while True:
+            message = await self._next(thread)
+            match message:
+                case proto.Done():
+                    return message.value
+                case proto.Died():
+                    raise self._oops(thread, message.report)
+                case proto.Event():
+                    await self._event(thread, message)
+                case proto.Block():
+                    await self._block(thread, message)
+
+    async def _next(self, thread: HostThread) -> proto.FromSandbox:
+        while not thread.inbox:
+            if not self.alive:
+                raise OSError(errno.EIO, "the execution sandbox died")
+            if thread.running and self.process.drain(1):
+                continue
+            if thread.running and self._jumps:
+                # Not idle: the clock must not jump while code runs.
+                await trio.lowlevel.checkpoint()
+                continue
+            task, was = thread.task, False
+            if task is not None and thread.running:
+                was, task.on_cpu = task.on_cpu, True
+            thread.arrived = trio.Event()
+            try:
+                await thread.arrived.wait()
+            finally:
+                thread.arrived = None
+                if task is not None:
+                    task.on_cpu = was
+        return thread.inbox.popleft()
+
+    def _note_stack(self, thread: HostThread, stack: list[int], reliable: bool) -> None:
+        thread.chain, thread.reliable = stack, reliable
+        if thread.task is not None:
+            thread.task.reliable = all(t.reliable for t in self._chains.get(id(thread.task), ()))
+
+    async def _event(self, thread: HostThread, message: proto.Event) -> None:
+        if message.stack is not None:
+            self._note_stack(thread, message.stack, message.reliable)
+        self._collect()
+        value = await self.events.handle(thread, message)
+        self._refresh()
+        thread.running = True
+        self.send(proto.Answer(thread.tid, value))
+
+    async def _block(self, thread: HostThread, message: proto.Block) -> None:
+        self._note_stack(thread, message.stack, message.reliable)
+        self._collect()
+        if message.state == "R":
+            await self._spin(message.timeout or 0)
+        else:
+            task = thread.task
+            before = task.state if task is not None else ""
+            if task is not None:
+                task.state = message.state
+            try:
+                limit = trio.CancelScope()
+                if message.timeout is not None:
+                    limit.deadline = trio.current_time() + message.timeout / _NS
+                with limit:
+                    while not thread.inbox and self.alive:
+                        thread.arrived = trio.Event()
+                        await thread.arrived.wait()
+            finally:
+                thread.arrived = None
+                if task is not None:
+                    task.state = before
+            if thread.inbox or not self.alive:
+                return
+        self._refresh()
+        thread.running = True
+        self.send(proto.Wake(thread.tid, message.seq))
+
+    async def _spin(self, nanoseconds: int) -> None:
+        """Code is busy: that takes time on a clock that would otherwise stand still meanwhile."""
+        if self._manual or (not nanoseconds and not self._jumps):
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.sleep(max(nanoseconds / _NS, 1 / L.HZ if not nanoseconds else 0))
+
+    def _oops(self, thread: HostThread, report: proto.Report) -> ModuleOops:
+        kernel = self.machine.kernel
+        self._oopses += 1
+        lines, summary = oops_lines(report, self._context(thread))
+        self._log(lines, thread)
+        kernel.add_taint("D", lockdep_ok=True)
+        log.warning("module code crashed: %s", summary)
+        return ModuleOops(errno.EFAULT, summary, report)
+
+    # -- functions with buffers -------------------------------------------------------------------------------------
+
+    async def call_show(self, addr: int, task: Task | None = None, *, private: int = 0, token: int = 1) -> bytes:
+        """Call ``int show(struct seq_file *, void *)``; what it printed. Raises OSError as it answered."""
+        size = L.PAGE_SIZE
+        while True:
+            seq, buf = self.heap.alloc(L.SEQ_FILE_SIZE), self.heap.alloc(size)
+            try:
+                self.space.put(seq, L.SEQ_BUF, buf)
+                self.space.put(seq, L.SEQ_SIZE, size)
+                self.space.put(seq, L.SEQ_PRIVATE, private)
+                answer = to_errno(await self.call(addr, [seq, token], task))
+                count = self.space.get(seq, L.SEQ_COUNT)
+                data = self.space.read(buf, min(count, size))
+            finally:
+                self.heap.free(seq)
+                self.heap.free(buf)
+            if answer < 0:
+                raise OSError(-answer, f"show answered {answer}")
+            if count < size or size >= 1 << 21:
+                return data
+            size *= 2  # seq_read(): once more with a larger buffer
+
+    async def call_kobj_show(self, show: int, kobj: int, attr: int, task: Task | None = None) -> bytes:
+        """Call a ``show`` of ``struct kobj_attribute`` (or of sysfs_ops). Raises OSError as it answered."""
+        buf = self.heap.alloc(L.PAGE_SIZE)
+        try:
+            answer = to_errno(await self.call(show, [kobj, attr, buf], task))
+            if answer >= L.PAGE_SIZE:
+                where = self.machine.kallsyms.lookup(show)
+                self.machine.printk.emit(-1, f"fill_read_buffer: {where} returned bad count")
+                answer = L.PAGE_SIZE - 1
+            data = self.space.read(buf, max(answer, 0))
+        finally:
+            self.heap.free(buf)
+        if answer < 0:
+            raise OSError(-answer, f"show answered {answer}")
+        return data
+
+    async def call_kobj_store(self, store: int, kobj: int, attr: int, data: bytes, task: Task | None = None) -> int:
+        """Call a ``store``; the bytes that it took. Raises OSError as it answered."""
+        buf = self.heap.alloc(max(len(data) + 1, L.PAGE_SIZE), data)
+        try:
+            answer = await self.call(store, [kobj, attr, buf, len(data)], task)
+        finally:
+            self.heap.free(buf)
+        if answer >> 63:
+            raise OSError((1 << 64) - answer, "store refused")
+        return min(answer, len(data))
+
+    def is_module_address(self, addr: int) -> bool:
+        """Whether *addr* lies in the module area."""
+        area = AREAS["modules"]
+        return area.base <= addr < area.end
