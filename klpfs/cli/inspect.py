@@ -24,10 +24,12 @@ INIT_LIMIT: Final = 600.0
 
 def supported_symbols() -> frozenset[str] | None:
     """Kernel symbols whose users klpfs can run; None when there is no execution engine to ask."""
-    try:
-        from klpfs.cpu.api import SUPPORTED
-    except ImportError:
+    from importlib.util import find_spec
+
+    if find_spec("klpfs.cpu.code") is None:
         return None
+    from klpfs.cpu.api import SUPPORTED
+
     return frozenset(SUPPORTED)
 
 

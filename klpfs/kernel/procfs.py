@@ -268,7 +268,6 @@ class TaskDirs:
                 return where.name.encode()
         return b"0"
 
-
     # last in the class: inside it, the name stands for the method from here on
     def list(self) -> Iterable[str]:
         return [str(t.pid) for t in self.kernel.sched.tasks.values() if t.pid == t.tgid and not t.real]
