@@ -316,9 +316,7 @@ class _Daemon:
         assert isinstance(nursery, trio.Nursery)
         interrupts = Interrupts(f"/proc/self/fd/{self.proc.fd}")
         nursery.start_soon(interrupts.run)
-        calls = Syscalls(
-            machine, self.proc, self.tasks, interrupts, init_pid=self.init_pid, traps=self.options.traps
-        )
+        calls = Syscalls(machine, self.proc, self.tasks, interrupts, init_pid=self.init_pid, traps=self.options.traps)
         supervisor = Supervisor(fd, nursery)
         calls.register(supervisor)
         supervisor.start()

@@ -50,11 +50,7 @@ class Signals:
     def __init__(self) -> None:
         # Python ignores SIGPIPE and SIGXFSZ for itself, and what they were before is not known any more
         own = {signal.SIGPIPE, signal.SIGXFSZ}
-        self.ignored = [
-            n
-            for n in range(1, 32)
-            if n not in own and signal.getsignal(n) == signal.SIG_IGN
-        ]
+        self.ignored = [n for n in range(1, 32) if n not in own and signal.getsignal(n) == signal.SIG_IGN]
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
 
     def restore(self) -> None:

@@ -216,5 +216,3 @@ class IdMap:
             if outside <= ident < outside + count:
                 return ident - outside + inside
         return 65534
-
-

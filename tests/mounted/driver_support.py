@@ -125,11 +125,15 @@ def serving(
 ) -> Iterator[Server]:
     """A server of *script* with *driver* at *mountpoint*, until the block ends.
 
-    *settings* go to the script as ``name=JSON``. *at* overrides the name that is given to the driver.
+    *settings* go to the script as ``name=JSON``. *at* overrides the name that is given to the driver, for what is
+    mounted already. *pass_fds* are the server's from then on.
     """
-    mountpoint.mkdir(exist_ok=True)
+    if at is None:
+        mountpoint.mkdir(exist_ok=True)
     words = [driver, at or str(mountpoint), *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
     server = Server(script, mountpoint, words, pass_fds=pass_fds)
+    for fd in pass_fds:
+        os.close(fd)  # or a server that fails would leave callers of the mount waiting for us
     try:
         server.wait_ready()
         yield server

@@ -39,6 +39,7 @@ import trio
 
 from klpfs.drivers import Options, get_driver
 from klpfs.kernfs import (
+    STREAM_SEEK_DATA,
     STREAM_SIZE,
     Attribute,
     Caller,
@@ -76,7 +77,7 @@ class Log(StreamOps):
 
     async def read(self, file: OpenFile, size: int, offset: int) -> bytes:
         self.offsets.append(offset)
-        if offset == 0:
+        if offset in (0, STREAM_SEEK_DATA):
             file.private = 0
         elif offset >= STREAM_SIZE:
             file.private = max(file.private, len(self.records)) if file.read_pos != offset else file.private
@@ -110,6 +111,8 @@ class Toy:
         self.go = trio.Event()
         self.log = Log()
         self.dyn: dict[str, Entry] = {}
+        self.nursery: trio.Nursery | None = None
+        self.removed: dict[str, trio.Event] = {}
         self.build()
 
     def build(self) -> None:
@@ -200,6 +203,23 @@ class Toy:
         assert node is not None, path
         await self.fs.remove(node)
 
+    async def do_rm_soon(self, path: str) -> None:
+        """Begin a removal; ``rm_wait`` waits for its end."""
+        assert self.nursery is not None
+        self.removed[path] = trio.Event()
+
+        async def remove() -> None:
+            await self.do_rm(path)
+            self.removed[path].set()
+
+        self.nursery.start_soon(remove)
+
+    async def do_is_removed(self, path: str) -> bool:
+        return self.removed[path].is_set()
+
+    async def do_rm_wait(self, path: str) -> None:
+        await self.removed[path].wait()
+
     async def do_go(self) -> None:
         self.go.set()
         self.go = trio.Event()
@@ -249,6 +269,7 @@ async def main(driver: str, mountpoint: str, *settings: str) -> None:
     vfs = Vfs(toy.fs, root, check_permissions=not options.default_permissions, proc=options.proc)
 
     async with trio.open_nursery() as nursery:
+        toy.nursery = nursery
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
             await get_driver(driver)(vfs, mountpoint, options=options, task_status=task_status)
