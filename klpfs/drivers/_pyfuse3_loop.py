@@ -123,6 +123,29 @@ class Loop:
         self._fd = -1
         self._stopping = False
 
+    async def run_in_thread(self) -> None:
+        """:meth:`run` in a thread that has ended when this returns. Not cancellable, see :meth:`stop`.
+
+        The thread is a new one: libfuse keeps a pipe for each thread, which goes with the thread only.
+        """
+        done = trio.Event()
+        errors: list[BaseException] = []
+
+        def target() -> None:
+            try:
+                self.run()
+            except BaseException as exc:  # noqa: BLE001 - it is raised where the thread is waited for
+                errors.append(exc)
+            finally:
+                self._token.run_sync_soon(done.set)
+
+        thread = threading.Thread(target=target, name="klpfs-pyfuse3", daemon=True)
+        thread.start()
+        await done.wait()
+        thread.join()
+        if errors:
+            raise errors[0]
+
     # -- the driver thread ---------------------------------------------------------------------------------------------
 
     def _shim(self) -> types.SimpleNamespace:

@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -98,11 +99,11 @@ def passed_fd(mountpoint: str) -> int | None:
     return int(number) if prefix == "/dev/fd" and number.isdecimal() else None
 
 
-def mount_state(path: str) -> Literal["none", "other", "live", "dead"]:
+def mount_state(path: str, *, patience: float = 5.0) -> Literal["none", "other", "live", "dead"]:
     """What is at *path*: nothing mounted, something else, a klpfs mount that is served, or one whose server is gone.
 
-    Never blocks on a server that hangs: /proc/self/mounts tells what is mounted; only a stat decides between live and
-    dead, and a FUSE mount of a dead server fails it at once.
+    /proc/self/mounts tells what is mounted; between live and dead decides statfs(2), the one question that is never
+    answered from the kernel's cache. A mount whose server does not answer within *patience* seconds counts as live.
     """
     path = os.path.abspath(path)
     kind = ""
@@ -118,12 +119,21 @@ def mount_state(path: str) -> Literal["none", "other", "live", "dead"]:
         return "none"
     if not kind.startswith("fuse"):
         return "other"
-    try:
-        os.stat(path)
-    except OSError as exc:
-        # ENOTCONN: the descriptor was closed; ECONNABORTED: the connection was aborted before the first reply
-        if exc.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-            return "dead"
+    answers: list[int | None] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(path)
+        except OSError as exc:
+            answers.append(exc.errno)
+
+    # A wait for a server that hangs is deaf to signals, so it must not be this thread that waits.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(patience)
+    # ENOTCONN: the descriptor was closed; ECONNABORTED: the connection was aborted before the first reply
+    if answers and answers[0] in (errno.ENOTCONN, errno.ECONNABORTED):
+        return "dead"
     return "live" if kind == "fuse.klpfs" else "other"
 
 
@@ -180,6 +190,7 @@ def check_mountpoint(mountpoint: str) -> None:
         raise MountError(errno.EACCES, "/dev/fuse cannot be opened for reading and writing by this user")
     try:
         mode = os.stat(mountpoint).st_mode
+        os.statvfs(mountpoint)  # a stat may be answered from the kernel's cache
     except OSError as exc:
         if exc.errno == errno.ENOTCONN:
             raise MountError(

@@ -172,8 +172,8 @@ class _Threads:
 
     PERIOD = 0.1
 
-    def __init__(self, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
-        self._nursery = nursery
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self._nursery: trio.Nursery | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._on_end = on_end
         self._turn = threading.Lock()
@@ -190,8 +190,9 @@ class _Threads:
 
     # -- receiving -----------------------------------------------------------------------------------------------------
 
-    def start(self, channel: int, session: int) -> None:
-        """Begin to serve."""
+    def start(self, nursery: trio.Nursery, channel: int, session: int) -> None:
+        """Begin to serve; calls run in *nursery*."""
+        self._nursery = nursery
         self._channel, self._session = channel, session
         self._bufsize = _lib.fuse_chan_bufsize(channel)
         self._poll.register(_lib.fuse_chan_fd(channel), select.POLLIN)
@@ -280,6 +281,9 @@ class _Threads:
                 break
             for thread in threads:
                 thread.join()
+
+    def close(self) -> None:
+        """Free what the threads shared, once they have ended."""
         os.close(self._wake)
 
     # -- the bridge ----------------------------------------------------------------------------------------------------
@@ -325,6 +329,7 @@ class _Threads:
             pending.done.set()
 
     def _start(self, pending: _Pending, fn: Callable[..., Awaitable[Any]], args: tuple[object, ...]) -> None:
+        assert self._nursery is not None
         try:
             self._nursery.start_soon(self._task, pending, fn, args)
         except RuntimeError:  # the nursery is closed
@@ -673,36 +678,41 @@ async def _run(vfs: Vfs, mountpoint: str, options: Options, task_status: trio.Ta
         except trio.RunFinishedError:
             pass
 
-    async with trio.open_nursery() as calls:
-        threads = _Threads(calls, on_end)
-        operations = _Operations(vfs, threads)
-        handler = _Fuse(operations)
-        args = _arguments(options, passed=fd is not None)
-        channel = _lib.fuse_mount(path, args) if fd is None else _lib.fuse_kern_chan_new(fd)
-        if not channel:
-            raise MountError(errno.EIO, f"{mountpoint}: libfuse2 could not mount here")
-        filesystem = _lib.fuse_new(channel, args, handler.table, ctypes.sizeof(handler.table), None)
-        if not filesystem:
+    threads = _Threads(on_end)
+    operations = _Operations(vfs, threads)
+    handler = _Fuse(operations)
+    args = _arguments(options, passed=fd is not None)
+    channel = _lib.fuse_mount(path, args) if fd is None else _lib.fuse_kern_chan_new(fd)
+    if not channel:
+        threads.close()
+        raise MountError(errno.EIO, f"{mountpoint}: libfuse2 could not mount here")
+    filesystem = _lib.fuse_new(channel, args, handler.table, ctypes.sizeof(handler.table), None)
+    if not filesystem:
+        threads.close()
+        _lib.fuse_unmount(path, channel)
+        raise MountError(errno.EINVAL, f"{mountpoint}: libfuse2 refuses the options")
+    session = _lib.fuse_get_session(filesystem)
+    vfs.kernfs.listeners.append(operations)
+    try:
+        async with trio.open_nursery() as calls:
+            threads.start(calls, channel, session)
+            try:
+                task_status.started()
+                await ended.wait()
+            finally:
+                # Tasks that requests wait for end with an error, so that their threads end, too.
+                calls.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(threads.stop)
+    finally:
+        vfs.kernfs.listeners.remove(operations)
+        threads.close()
+        if fd is None:
             _lib.fuse_unmount(path, channel)
-            raise MountError(errno.EINVAL, f"{mountpoint}: libfuse2 refuses the options")
-        session = _lib.fuse_get_session(filesystem)
-        vfs.kernfs.listeners.append(operations)
-        try:
-            threads.start(channel, session)
-            task_status.started()
-            await ended.wait()
-        finally:
-            vfs.kernfs.listeners.remove(operations)
-            # Tasks that requests wait for end with an error, so that their threads end, too.
-            calls.cancel_scope.cancel()
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(threads.stop)
-            if fd is None:
-                _lib.fuse_unmount(path, channel)
-            _lib.fuse_session_exit(session)
-            _lib.fuse_destroy(filesystem)
-            if fd is None:
-                try:
-                    clear_dead_mount(mountpoint)
-                except OSError as exc:
-                    log.warning("%s", exc)
+        _lib.fuse_session_exit(session)
+        _lib.fuse_destroy(filesystem)
+        if fd is None:
+            try:
+                clear_dead_mount(mountpoint)
+            except OSError as exc:
+                log.warning("%s", exc)

@@ -521,7 +521,7 @@ async def _run(operations: _Operations, task_status: trio.TaskStatus[None]) -> N
     async def thread(loop: Loop) -> None:
         try:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(loop.run, limiter=trio.CapacityLimiter(1))
+                await loop.run_in_thread()
         finally:
             ended.set()
 
