@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import errno
 
-from klpfs.cpu.layout import AREAS
+from klpfs.cpu.layout import AREAS, PERCPU_MODULES
 from klpfs.cpu.space import Space
 
-__all__ = ["HostHeap"]
+__all__ = ["HostHeap", "PercpuArea"]
 
 
 class HostHeap:
@@ -61,3 +61,29 @@ class HostHeap:
     def owns(self, addr: int) -> bool:
         """Whether an object begins at *addr*."""
         return addr in self._live
+
+
+class PercpuArea:
+    """Offsets in the per-CPU areas for the per-CPU variables of modules. First fit."""
+
+    SIZE = 0x4000
+    """Bytes that modules have together; what their code allocates comes behind."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, int] = {}
+
+    def alloc(self, size: int, align: int, name: str) -> tuple[int, int]:
+        """``(offset, size)``. Raises OSError(ENOMEM)."""
+        step, start = max(align, 8), PERCPU_MODULES
+        for base, length in sorted(self._live.items()):
+            if start + size <= base:
+                break
+            start = -(-(base + length) // step) * step
+        if start + size > PERCPU_MODULES + self.SIZE:
+            raise OSError(errno.ENOMEM, f"{name}: Could not allocate {size} bytes percpu data")
+        self._live[start] = max(size, 1)
+        return start, size
+
+    def free(self, start: int) -> None:
+        """Give back what :meth:`alloc` gave."""
+        del self._live[start]

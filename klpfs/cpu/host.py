@@ -35,7 +35,7 @@ import trio
 from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
 from klpfs.cpu import proto
 from klpfs.cpu.events import Events
-from klpfs.cpu.heap import HostHeap
+from klpfs.cpu.heap import HostHeap, PercpuArea
 from klpfs.cpu.layout import AREAS, U64
 from klpfs.cpu.oops import ModuleOops, OopsContext, oops_lines, warn_lines
 from klpfs.cpu.process import SandboxProcess
@@ -116,6 +116,7 @@ class Cpu:
             canary = int.from_bytes(seed[16:], "little") & ~0xFF
             self.vmlinux = Vmlinux(self.space, machine.kallsyms.table, cpus=machine.sched.cpus, canary=canary)
             self.heap = HostHeap(self.space)
+            self.percpu = PercpuArea()
             self.process = SandboxProcess(fd, self._dispatch, self._on_death)
         finally:
             os.close(fd)
@@ -130,6 +131,7 @@ class Cpu:
         self._jumps = machine.clock.kind == "virtual"
         self._manual = machine.clock.kind == "manual"
         self._boot_realtime = time.time() - machine.clock.now()
+        self._used = AREAS["modules"].base
         self._states: dict[int, int] = {}
         self._foreign: dict[str, int] = {}
         self._console: tuple[int, ...] = ()
@@ -549,7 +551,9 @@ class Cpu:
             raise OSError((1 << 64) - answer, "store refused")
         return min(answer, len(data))
 
-    def is_module_address(self, addr: int) -> bool:
-        """Whether *addr* lies in the module area."""
-        area = AREAS["modules"]
-        return area.base <= addr < area.end
+    def clear_memory(self, base: int, size: int) -> None:
+        """Zero a stretch of the module area, as far as a module was there before."""
+        end = min(base + size, self._used)
+        for at in range(base, end, 1 << 20):
+            self.space.fill(at, min(1 << 20, end - at))
+        self._used = max(self._used, base + size)

@@ -120,7 +120,10 @@ class SandboxProcess:
             await self._writable.wait()
             self._writable = trio.Event()
             while self._out and self.alive:
-                await trio.lowlevel.wait_writable(self._socket)
+                try:
+                    await trio.lowlevel.wait_writable(self._socket)
+                except trio.ClosedResourceError:
+                    return
                 self._flush()
 
     # -- receiving --------------------------------------------------------------------------------------------------
@@ -154,7 +157,10 @@ class SandboxProcess:
     async def run_pump(self) -> None:
         """Handle messages as they come, until the end."""
         while self.alive:
-            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                await trio.lowlevel.wait_readable(self._socket)
+            except trio.ClosedResourceError:
+                return
             self.drain(0)
 
     # -- the end ----------------------------------------------------------------------------------------------------

@@ -115,6 +115,14 @@ class Vmlinux:
         self.pending.append((addr, name))
         return addr
 
+    def unsupported(self, name: str) -> int:
+        """An address for a function that the kernel has, but neither the symbol table nor the sandbox: a call faults."""
+        if name not in self._addresses:
+            addr, self._next_slot = self._next_slot, self._next_slot + L.TEXT_SLOT_SIZE
+            self._addresses[name] = addr
+            self.functions[addr] = name
+        return self._addresses[name]
+
     def symbol(self, name: str) -> int | None:
         """Address of function or variable *name*, if it can be used; None otherwise."""
         if name in DATA:

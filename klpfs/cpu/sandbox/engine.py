@@ -166,6 +166,14 @@ class Engine:
         """Set a register, by unicorn's number."""
         self._uc.reg_write(reg, value)
 
+    def renew(self) -> None:
+        """Forget that there was an exception: the next one would be taken for a double fault."""
+        kept = self.registers()
+        self._uc.context_restore(self._fresh)
+        for name, value in kept.items():
+            if name != "rip":
+                self._uc.reg_write(_IDS[name], value)
+
     def registers(self) -> dict[str, int]:
         """All of :data:`REGISTERS`."""
         return {name: self._uc.reg_read(reg) for name, reg in _IDS.items()}

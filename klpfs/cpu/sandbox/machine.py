@@ -51,6 +51,11 @@ from klpfs.cpu.space import Space
 __all__ = ["Machine", "Module"]
 
 _HLT = 0xF4
+"""What fills the pages of vmlinux where no stub stands: #GP."""
+_TRAP = b"\xcd\x80"
+"""What stands for a kernel function: a software interrupt, which unlike HLT leaves no exception behind that the next one
+would turn into a double fault."""
+_TRAP_VECTOR = 0x80
 _EXIT = AREAS["text"].end - 16
 """Return address of a thread's first frame."""
 _CALLBACK = AREAS["text"].end - 32
@@ -59,8 +64,8 @@ _ENDS = frozenset({_EXIT, _CALLBACK})
 _SPIN_LIMIT = 2000
 _NANOSECONDS_PER_INSTRUCTION = 20
 """What an instruction is taken to last where a run ended early: the engine does not tell how many it executed."""
-_SITE = bytes.fromhex("f40f1f4000")
-"""The entry of a function whose calls are traced: a trap and a nop of four bytes."""
+_SITE = _TRAP + bytes.fromhex("0f1f00")
+"""The entry of a function whose calls are traced: a trap and a nop of three bytes."""
 _NOP5 = bytes.fromhex("0f1f440000")
 
 
@@ -155,7 +160,7 @@ class Machine:
         for name in ("data", "percpu", "host"):
             self.map(AREAS[name].base, AREAS[name].size, PROT_READ | PROT_WRITE)
         for addr in (_EXIT, _CALLBACK):
-            self._plant(addr, bytes([_HLT]))
+            self._plant(addr, _TRAP)
 
     # -- memory and symbols -----------------------------------------------------------------------------------------
 
@@ -182,7 +187,7 @@ class Machine:
     def define(self, addr: int, name: str) -> None:
         """Kernel function *name* stands at *addr*."""
         api = API[name]
-        self._plant(addr, NATIVE[name] if api.kind is Kind.NATIVE else bytes([_HLT]))
+        self._plant(addr, NATIVE[name] if api.kind is Kind.NATIVE else _TRAP)
         self.functions[addr] = api
         self.names.setdefault(name, addr)
 
@@ -392,9 +397,13 @@ class Machine:
         begin = time.thread_time_ns()
         stop = self.engine.run(thread.rip, self.limits.quantum)
         thread.rip = stop.rip
-        if stop.kind == "gp":
+        if stop.kind != "quantum":
             self._charge(thread, (time.thread_time_ns() - begin) // _NANOSECONDS_PER_INSTRUCTION)
-            return self._trap(thread, stop)
+        if stop.kind == "interrupt" and stop.number == _TRAP_VECTOR:
+            thread.rip = (stop.rip - len(_TRAP)) & U64
+            return self._trap(thread, thread.rip)
+        if stop.kind == "gp":
+            return self._privileged(thread, stop.rip)
         if stop.kind == "quantum":
             self._charge(thread, self.limits.quantum)
             # Busy code takes time: the daemon moves the clock on, and other threads get their turn.
@@ -421,8 +430,7 @@ class Machine:
         if text.base <= stop.addr < text.end:
             raise Crash("missing", "", stop.addr)
 
-    def _trap(self, thread: Thread, stop: Stop) -> bool:
-        rip = stop.rip
+    def _trap(self, thread: Thread, rip: int) -> bool:
         api = self.functions.get(rip)
         if api is not None:
             return self._kernel_call(thread, api, rip)
@@ -437,18 +445,20 @@ class Machine:
             return self._advance(thread, self.engine.get(RAX))
         if rip in self.sites:
             return self._traced_entry(thread, self.sites[rip], rip)
+        raise Crash("gp_fault", f"int {_TRAP_VECTOR:#x}")
+
+    def _privileged(self, thread: Thread, rip: int) -> bool:
+        """#GP: instructions that kernel code may use and ring 3 may not. The harmless ones are emulated."""
         text = AREAS["text"]
         if text.base <= rip < text.end:
             raise Crash("missing", "", rip)
-        return self._privileged(thread, rip)
-
-    def _privileged(self, thread: Thread, rip: int) -> bool:
-        """Instructions that kernel code may use and ring 3 may not: emulate the harmless ones."""
         code = self.space.read(rip, 3) if self.mem.prot(rip) and self.mem.prot(rip + 2) else b""
         if code[:1] in (b"\xfa", b"\xfb"):  # cli, sti: there are no interrupts
             thread.rip = rip + 1
+            self.engine.renew()
             return True
         if code[:2] == b"\x0f\x31" or code == b"\x0f\x01\xf9":  # rdtsc, rdtscp: the core's clock at 1 GHz
+            self.engine.renew()
             now = self.now()
             self.engine.set(RAX, now & L.U32)
             self.engine.set(RDX, now >> 32)
