@@ -22,10 +22,10 @@ ONLY ?=
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: install ## A session on a mounted /sys/kernel/livepatch, printed as it happens
+demo: $(VENV)/.compiled ## A session on a mounted /sys/kernel/livepatch, printed as it happens
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
 
-test: install $(VENV)/.packages-test ## All tests
+test: $(VENV)/.compiled $(VENV)/.packages-test ## All tests
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: install ## ruff and mypy
@@ -40,11 +40,11 @@ format: install ## Format the code
 conformance: install $(VENV)/.packages-conformance ## The twins and the kernel's own selftests; some: ONLY=twin-05
 	$(BIN)/python tools/conformance/run $(ONLY)
 
-bench: install $(VENV)/.packages-bench ## Measure, as ratios within one run; results also in build/bench.json
+bench: $(VENV)/.compiled $(VENV)/.packages-bench ## Measure, as ratios within one run; results also in build/bench.json
 	@mkdir -p build
 	$(BIN)/python -m bench --json build/bench.json $(ARGS)
 
-install: $(VENV)/.installed ## Only install
+install: $(VENV)/.compiled ## Only install
 
 $(VENV)/.installed: pyproject.toml .ci/packages
 	@bash .ci/packages base $(or $(PYTHON),python3)
@@ -55,9 +55,12 @@ $(VENV)/.installed: pyproject.toml .ci/packages
 	}
 	[ -x $(BIN)/python ] && $(BIN)/python -c '' 2>/dev/null || "$$python" -m venv --clear $(VENV)
 	echo "Installing Python packages into $(VENV)" >&2
-	# compat: a plain path in site-packages, which costs no import at every start
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--config-settings editable_mode=compat --editable '.[exec,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[exec,dev]'
+	touch $@
+
+# Start-up times are part of what klpfs promises, and some systems keep Python from writing its caches by itself.
+$(VENV)/.compiled: $(VENV)/.installed $(shell find klpfs -name '*.py')
+	@$(BIN)/python -m compileall -q klpfs
 	touch $@
 
 $(VENV)/.packages-%: .ci/packages | $(VENV)/.installed

@@ -29,6 +29,11 @@ def main() -> None:
         if status is not None:
             sys.exit(status)
 
+    if sys.argv[1:2] == ["mount"] and not {"-h", "--help", "-f", "--foreground"} & set(sys.argv):
+        from klpfs.control import prefork
+
+        prefork.prepare()
+
     import click
 
     from klpfs.cli.common import EXIT_INTERRUPTED, EXIT_OK, CliError

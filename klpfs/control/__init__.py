@@ -11,7 +11,9 @@ with the path of the offending field and harms nobody.
 :mod:`.client`            a blocking client, used by the commands; imports neither trio nor rich
 :mod:`.server`            the trio server: connections, framing, limits
 :mod:`.ops`               what each request does to a :class:`klpfs.machine.Machine`
-:mod:`.daemon`            the process behind ``klpfs mount``: start-up, signals, clean end
+:mod:`.daemon`            the process behind ``klpfs mount``: start-up, report, clean end
+:mod:`.prefork`           how that process comes to be
+:mod:`.serving`           what it runs under trio
 ========================  ==============================================================================
 
 Locks. Handlers run on the trio thread, which owns the core; a request holds no lock of its own and takes the core's

@@ -1,9 +1,9 @@
 """The process behind a mount: start-up, signals, clean end.
 
-The daemon is forked before anything heavy is imported. It reports once through a pipe: that the mount can be used, or
-why not. Until then its standard error is the caller's, for what libraries have to say; afterwards it is its log file.
-It ends when the mount is taken away from outside, on SIGTERM, SIGINT or SIGHUP, and on a ``shutdown`` request, and
-leaves neither mount nor registry entry.
+The daemon is forked before anything heavy is imported (:mod:`klpfs.control.prefork`). It reports once through a pipe:
+that the mount can be used, or why not. Until then its standard error is the caller's, for what libraries have to say;
+afterwards it is its log file. It ends when the mount is taken away from outside, on SIGTERM, SIGINT or SIGHUP, and on a
+``shutdown`` request, and leaves neither mount nor registry entry.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import msgspec
 
 from klpfs import __version__
-from klpfs.control import runtime
+from klpfs.control import prefork, runtime
 
 log = logging.getLogger("klpfs.daemon")
 
 #: How long a start may take before the caller gives up, in seconds.
 START_TIMEOUT: Final = 60.0
-
-
-#: Signals that end the daemon.
-ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class MountConfig(msgspec.Struct, kw_only=True):
@@ -178,31 +174,22 @@ def _start_failure(err: BaseException) -> StartError | None:
 
 
 def spawn(config: MountConfig) -> Report:
-    """Fork the daemon and return its report; after a ``ready`` one it lives on."""
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A start that is interrupted is ended in order, once it can be: it must not leave half of its files behind.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    pid = os.fork()
-    if pid == 0:
-        _child(config, reader, writer)
-    os.close(writer)
+    """Start the daemon and return its report; after a ``ready`` one it lives on."""
+    child = prefork.take()
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        report = _await_report(reader)
+        child.restore_signals()
+        child.send(msgspec.json.encode(config))
+        report = _await_report(child.report)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # done: there is nothing left to interrupt
     except BaseException:
-        os.kill(pid, signal.SIGTERM)
-        os.waitpid(pid, 0)
+        os.kill(child.pid, signal.SIGTERM)
+        os.waitpid(child.pid, 0)
         raise
-    finally:
-        os.close(reader)
     if report is None:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(child.pid, signal.SIGKILL)
         report = Report("failed", f"the daemon was not ready after {START_TIMEOUT:g} s")
     if report.kind != "ready":
-        _, status = os.waitpid(pid, 0)
+        _, status = os.waitpid(child.pid, 0)
         if not report.message:
             code = os.waitstatus_to_exitcode(status)
             why = signal.Signals(-code).name if code < 0 else f"exit status {code}"
@@ -227,38 +214,28 @@ def _await_report(reader: int) -> Report | None:
     return msgspec.json.decode(data, type=Report)
 
 
-def _child(config: MountConfig, reader: int, writer: int) -> NoReturn:
-    """The forked side: become a daemon, serve, end without the starter's exit handlers."""
-    status = 1
-    try:
-        os.close(reader)
-        os.setsid()
-        os.chdir("/")
-        os.umask(0o077)
-        # nothing of the caller's may be kept open by a daemon: a pipe, a lock, a terminal
-        os.closerange(3, writer)
-        os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0)
-        os.dup2(null, 1)
-        os.close(null)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+def child_main(reader: int, writer: int) -> int:
+    """The forked side, detached already: serve what the starter sends on ``reader``; the exit status."""
+    import klpfs.control.serving  # noqa: F401 - most of a start's time, and the starter still looks at its arguments
 
-        def report(what: Report) -> None:
-            if what.kind == "ready":
-                fd = os.open(what.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-                os.dup2(fd, 2)
-                os.close(fd)
-            try:
-                os.write(writer, msgspec.json.encode(what) + b"\n")
-            except OSError as err:
-                if err.errno != errno.EPIPE:  # the starter was interrupted, and has sent a SIGTERM as well
-                    raise
-            os.close(writer)
+    data = b""
+    while chunk := os.read(reader, 65536):
+        data += chunk
+    os.close(reader)
+    if not data:
+        return 0  # the command line was wrong
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
-        status = serve_mount(config, report)
-    except BaseException:
-        logging.getLogger("klpfs.daemon").exception("the daemon failed")
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+    def report(what: Report) -> None:
+        if what.kind == "ready":
+            fd = os.open(what.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            os.dup2(fd, 2)
+            os.close(fd)
+        try:
+            os.write(writer, msgspec.json.encode(what) + b"\n")
+        except OSError as err:
+            if err.errno != errno.EPIPE:  # the starter was interrupted, and has sent a SIGTERM as well
+                raise
+        os.close(writer)
+
+    return serve_mount(msgspec.json.decode(data, type=MountConfig), report)

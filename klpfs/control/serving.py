@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import trio
 
-from klpfs.control.daemon import ENDING, MountConfig, StartError
+from klpfs.control.daemon import MountConfig, StartError
 from klpfs.control.ops import Operations
+from klpfs.control.prefork import ENDING
 from klpfs.control.runtime import Entry
 from klpfs.control.server import ControlServer, listen
 from klpfs.drivers import Options, get_driver

@@ -53,9 +53,9 @@ def test_the_daemon_lets_go_of_the_caller(cli: Cli) -> None:
         capture_output=True,
         text=True,
         timeout=30,
-        check=True,
+        check=False,
     )
-    assert done.stdout == "<>\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "<>\n", "")
     assert time.monotonic() - begin < 20
 
 
