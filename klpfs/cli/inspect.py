@@ -26,7 +26,7 @@ def supported_symbols() -> frozenset[str] | None:
     """Kernel symbols whose users klpfs can run; None when there is no execution engine to ask."""
     from importlib.util import find_spec
 
-    if find_spec("klpfs.cpu.code") is None:
+    if find_spec("klpfs.cpu.engine") is None:  # what a machine would execute modules with
         return None
     from klpfs.cpu.api import SUPPORTED
 
