@@ -60,8 +60,15 @@ class Options:
     allow_other: bool | None = None
     default_permissions: bool = True
     proc: str = "/proc"
+    owner: tuple[int, int] | None = None
     fsname: str = "klpfs"
     extra: tuple[str, ...] = ()
+
+    def root_ids(self, mountpoint: str) -> tuple[int, int] | None:
+        """Who stands for root; None if root does."""
+        if self.owner is None and passed_fd(mountpoint) is None and os.geteuid() != 0:
+            return os.geteuid(), os.getegid()
+        return self.owner
 
     def flags(self) -> set[str]:
         """The options for ``-o``."""

@@ -150,11 +150,6 @@ class _Library:
 _lib = _Library()
 
 
-def _caller() -> Caller:
-    uid, gid, pid = fuse.fuse_get_context()
-    return Caller(pid, uid, gid)
-
-
 class _Pending:
     """A task on the trio thread that a request's thread waits for."""
 
@@ -401,6 +396,10 @@ class _Operations:
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
+    def caller(self) -> Caller:
+        uid, gid, pid = fuse.fuse_get_context()
+        return self.vfs.caller(pid, uid, gid)
+
     def node(self, path: str) -> KernfsNode:
         """The node at *path*, or one that was there and that the kernel still holds. Raises OSError(ENOENT)."""
         try:
@@ -414,7 +413,7 @@ class _Operations:
 
     def _find(self, path: str) -> KernfsNode:
         names = [os.fsdecode(name.encode(ENCODING)) for name in path.split("/") if name]
-        caller = _caller()
+        caller = self.caller()
         node = self.vfs.root
         for i, name in enumerate(names):
             if not self.vfs.is_static(node):
@@ -441,26 +440,26 @@ class _Operations:
         return self.attributes(self.node(path) if path is not None else self.vfs.file(info.fh).node)
 
     def access(self, path: str, mask: int) -> None:
-        self.vfs.access(self.node(path), mask, _caller())
+        self.vfs.access(self.node(path), mask, self.caller())
 
     def readlink(self, path: str) -> str:
         node = self.node(path)
         if node.made or not isinstance(node.target, str):
-            target: str = self.threads.call_sync(self.vfs.readlink, node, _caller())
+            target: str = self.threads.call_sync(self.vfs.readlink, node, self.caller())
         else:
-            target = self.vfs.readlink(node, _caller())
+            target = self.vfs.readlink(node, self.caller())
         return os.fsencode(target).decode(ENCODING)
 
     def chmod(self, path: str, mode: int) -> None:
-        self.vfs.setattr(self.node(path), SetAttr(mode=mode & 0o7777), _caller())
+        self.vfs.setattr(self.node(path), SetAttr(mode=mode & 0o7777), self.caller())
 
     def chown(self, path: str, uid: int, gid: int) -> None:
         change = SetAttr(uid=None if uid == -1 else uid, gid=None if gid == -1 else gid)
-        self.vfs.setattr(self.node(path), change, _caller())
+        self.vfs.setattr(self.node(path), change, self.caller())
 
     def truncate(self, path: str | None, length: int, info: Any = None) -> None:
         node = self.node(path) if path is not None else self.vfs.file(info.fh).node
-        self.vfs.setattr(node, SetAttr(size=length), _caller())
+        self.vfs.setattr(node, SetAttr(size=length), self.caller())
 
     def utimens(self, path: str, times: tuple[int, int] | None) -> None:
         node = self.node(path)
@@ -471,7 +470,7 @@ class _Operations:
             mtime_ns=None if mtime == UTIME_OMIT else now if mtime == UTIME_NOW else mtime,
             now=atime == mtime == UTIME_NOW,
         )
-        self.vfs.setattr(node, change, _caller())
+        self.vfs.setattr(node, change, self.caller())
 
     def statfs(self, path: str) -> dict[str, int]:
         stats = self.vfs.statfs()
@@ -494,34 +493,34 @@ class _Operations:
     # -- refused -------------------------------------------------------------------------------------------------------
 
     def mknod(self, path: str, mode: int, dev: int) -> None:
-        self.vfs.refuse(self.parent(path), _caller())
+        self.vfs.refuse(self.parent(path), self.caller())
 
     def mkdir(self, path: str, mode: int) -> None:
-        self.vfs.refuse(self.parent(path), _caller())
+        self.vfs.refuse(self.parent(path), self.caller())
 
     def unlink(self, path: str) -> None:
-        self.vfs.refuse(self.parent(path), _caller())
+        self.vfs.refuse(self.parent(path), self.caller())
 
     def rmdir(self, path: str) -> None:
-        self.vfs.refuse(self.parent(path), _caller())
+        self.vfs.refuse(self.parent(path), self.caller())
 
     def symlink(self, target: str, source: str) -> None:
-        self.vfs.refuse(self.parent(target), _caller())
+        self.vfs.refuse(self.parent(target), self.caller())
 
     def rename(self, old: str, new: str) -> None:
-        self.vfs.refuse(self.parent(old), _caller())
+        self.vfs.refuse(self.parent(old), self.caller())
 
     def link(self, target: str, source: str) -> None:
-        self.vfs.refuse(self.parent(target), _caller())
+        self.vfs.refuse(self.parent(target), self.caller())
 
     def create(self, path: str, mode: int, info: Any) -> None:
-        self.vfs.create(self.parent(path), path.rpartition("/")[2], _caller())
+        self.vfs.create(self.parent(path), path.rpartition("/")[2], self.caller())
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def open(self, path: str, info: Any) -> None:
         node = self.node(path)
-        caller = _caller()
+        caller = self.caller()
         if self.vfs.has_hooks(node):
             info.fh = self.threads.call_sync(self.vfs.open, node, info.flags, caller)
         else:
@@ -558,7 +557,7 @@ class _Operations:
     # -- directories ---------------------------------------------------------------------------------------------------
 
     def opendir(self, path: str) -> int:
-        return self.vfs.opendir(self.node(path), _caller())
+        return self.vfs.opendir(self.node(path), self.caller())
 
     def readdir(self, path: str | None, fh: int) -> Iterator[tuple[str, dict[str, int], int]]:
         if self.vfs.is_static(self.vfs.dir_node(fh)):
@@ -678,6 +677,7 @@ async def _run(vfs: Vfs, mountpoint: str, options: Options, task_status: trio.Ta
         except trio.RunFinishedError:
             pass
 
+    vfs.owner = options.root_ids(mountpoint)
     threads = _Threads(on_end)
     operations = _Operations(vfs, threads)
     handler = _Fuse(operations)

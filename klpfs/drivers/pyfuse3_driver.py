@@ -86,10 +86,6 @@ def _guard(
     return cast("Callable[Concatenate[_Operations, P], Coroutine[Any, Any, T]]", handler)
 
 
-def _caller(ctx: RequestContext) -> Caller:
-    return Caller(ctx.pid, ctx.uid, ctx.gid)
-
-
 class _Known:
     """A node that the kernel holds, and how many look-ups it has not forgotten yet."""
 
@@ -162,6 +158,9 @@ class _Operations(pyfuse3.Operations):
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
+    def caller(self, ctx: RequestContext) -> Caller:
+        return self.vfs.caller(ctx.pid, ctx.uid, ctx.gid)
+
     def node(self, ino: int) -> KernfsNode:
         known = self.known.get(ino)
         if known is None:
@@ -173,8 +172,7 @@ class _Operations(pyfuse3.Operations):
         attr.st_ino = self.vfs.ino(node)
         attr.st_mode = node.st_mode
         attr.st_nlink = node.nlink
-        attr.st_uid = node.uid
-        attr.st_gid = node.gid
+        attr.st_uid, attr.st_gid = self.vfs.ids(node)
         attr.st_size = node.size
         attr.st_blksize = 4096
         attr.st_blocks = 0
@@ -213,7 +211,7 @@ class _Operations(pyfuse3.Operations):
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self.node(parent_inode)
-        caller = _caller(ctx)
+        caller = self.caller(ctx)
         if parent.provider is None:
             node = self.vfs.lookup(parent, os.fsdecode(name), caller)
         else:
@@ -250,16 +248,16 @@ class _Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
         )
-        self.vfs.setattr(node, change, _caller(ctx))
+        self.vfs.setattr(node, change, self.caller(ctx))
         return self.attributes(node)
 
     @_guard
     async def readlink(self, inode: pyfuse3.InodeT, ctx: RequestContext) -> pyfuse3.FileNameT:
-        return os.fsencode(self.vfs.readlink(self.node(inode), _caller(ctx)))
+        return os.fsencode(self.vfs.readlink(self.node(inode), self.caller(ctx)))
 
     @_guard
     async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: RequestContext) -> bool:
-        self.vfs.access(self.node(inode), mode, _caller(ctx))
+        self.vfs.access(self.node(inode), mode, self.caller(ctx))
         return True
 
     @_guard
@@ -302,21 +300,21 @@ class _Operations(pyfuse3.Operations):
         rdev: int,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+        self.vfs.refuse(self.node(parent_inode), self.caller(ctx))
 
     @_guard
     async def mkdir(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, mode: pyfuse3.ModeT, ctx: RequestContext
     ) -> EntryAttributes:
-        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+        self.vfs.refuse(self.node(parent_inode), self.caller(ctx))
 
     @_guard
     async def unlink(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: RequestContext) -> None:
-        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+        self.vfs.refuse(self.node(parent_inode), self.caller(ctx))
 
     @_guard
     async def rmdir(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: RequestContext) -> None:
-        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+        self.vfs.refuse(self.node(parent_inode), self.caller(ctx))
 
     @_guard
     async def symlink(
@@ -326,7 +324,7 @@ class _Operations(pyfuse3.Operations):
         target: pyfuse3.FileNameT,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        self.vfs.refuse(self.node(parent_inode), _caller(ctx))
+        self.vfs.refuse(self.node(parent_inode), self.caller(ctx))
 
     @_guard
     async def rename(
@@ -338,7 +336,7 @@ class _Operations(pyfuse3.Operations):
         flags: pyfuse3.FlagT,
         ctx: RequestContext,
     ) -> None:
-        self.vfs.refuse(self.node(parent_inode_old), _caller(ctx))
+        self.vfs.refuse(self.node(parent_inode_old), self.caller(ctx))
 
     @_guard
     async def link(
@@ -348,7 +346,7 @@ class _Operations(pyfuse3.Operations):
         new_name: pyfuse3.FileNameT,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        self.vfs.refuse(self.node(new_parent_inode), _caller(ctx))
+        self.vfs.refuse(self.node(new_parent_inode), self.caller(ctx))
 
     @_guard
     async def create(
@@ -359,14 +357,14 @@ class _Operations(pyfuse3.Operations):
         flags: pyfuse3.FlagT,
         ctx: RequestContext,
     ) -> tuple[FileInfo, EntryAttributes]:
-        self.vfs.create(self.node(parent_inode), os.fsdecode(name), _caller(ctx))
+        self.vfs.create(self.node(parent_inode), os.fsdecode(name), self.caller(ctx))
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
     @_guard
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: RequestContext) -> FileInfo:
         node = self.node(inode)
-        caller = _caller(ctx)
+        caller = self.caller(ctx)
         if self.vfs.has_hooks(node):
             fh = await SyncCall(self.vfs.open, node, flags, caller)
         else:
@@ -422,7 +420,7 @@ class _Operations(pyfuse3.Operations):
 
     @_guard
     async def opendir(self, inode: pyfuse3.InodeT, ctx: RequestContext) -> pyfuse3.FileHandleT:
-        return self.vfs.opendir(self.node(inode), _caller(ctx))
+        return self.vfs.opendir(self.node(inode), self.caller(ctx))
 
     @_guard
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -492,6 +490,7 @@ async def serve(
         raise MountError(errno.EBUSY, "pyfuse3 serves one mount per process")
     check_mountpoint(mountpoint)
     passed = passed_fd(mountpoint) is not None
+    vfs.owner = options.root_ids(mountpoint)
     operations = _Operations(vfs, options)
     _serving = True
     try:

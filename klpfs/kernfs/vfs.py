@@ -89,6 +89,7 @@ def _fail(number: int) -> NoReturn:
 class Vfs:
     """File system requests against *kernfs*, or against the subtree below *root*.
 
+    ``owner``: user and group who stand for the emulated kernel's 0:0, when an ordinary user mounts; None: 0:0 itself.
     *check_permissions*: check modes against the caller here, because the kernel does not. *proc*: a procfs in which the
     callers' pids are valid, read for their supplementary groups. Raises OSError(ENOTDIR) if *root* is not a directory.
     """
@@ -107,9 +108,31 @@ class Vfs:
             _fail(errno.ENOTDIR)
         self.check_permissions = check_permissions
         self.proc = proc
+        self.owner: tuple[int, int] | None = None
         self._files: dict[int, OpenFile] = {}
         self._dirs: dict[int, _Dir] = {}
         self._fh = itertools.count(1)
+
+    # -- users ---------------------------------------------------------------------------------------------------------
+
+    def caller(self, pid: int, uid: int, gid: int) -> Caller:
+        """The caller of a request, whose ids are the mount's."""
+        if self.owner is not None:
+            if uid == self.owner[0]:
+                uid = 0
+            if gid == self.owner[1]:
+                gid = 0
+        return Caller(pid, uid, gid)
+
+    def ids(self, node: KernfsNode) -> tuple[int, int]:
+        """User and group of *node* as the mount shows them."""
+        uid, gid = node.uid, node.gid
+        if self.owner is not None:
+            if uid == 0:
+                uid = self.owner[0]
+            if gid == 0:
+                gid = self.owner[1]
+        return uid, gid
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
@@ -185,6 +208,9 @@ class Vfs:
         Raises OSError: EPERM (not the owner), EACCES (no write permission for truncate or touch), as
         ``setattr_prepare``.
         """
+        if self.owner is not None:
+            change.uid = 0 if change.uid == self.owner[0] else change.uid
+            change.gid = 0 if change.gid == self.owner[1] else change.gid
         if self.check_permissions and caller.uid != 0:
             owner = caller.uid == node.uid
             explicit = not change.now and (change.atime_ns is not None or change.mtime_ns is not None)
@@ -379,12 +405,13 @@ class Vfs:
 
         A removed node still has them.
         """
+        uid, gid = self.ids(node)
         return {
             "st_ino": self.ino(node),
             "st_mode": node.st_mode,
             "st_nlink": node.nlink,
-            "st_uid": node.uid,
-            "st_gid": node.gid,
+            "st_uid": uid,
+            "st_gid": gid,
             "st_size": node.size,
             "st_blocks": 0,
             "st_blksize": 4096,

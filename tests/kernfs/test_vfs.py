@@ -132,6 +132,19 @@ def test_supplementary_groups(tmp_path: Path) -> None:
     refused(errno.EPERM, vfs.setattr, secret, SetAttr(gid=6), me)
 
 
+def test_an_ordinary_user_may_stand_for_root() -> None:
+    vfs = Vfs(tree(), check_permissions=True)
+    vfs.owner = (1000, 100)
+    assert vfs.caller(5, 1000, 100) == (5, 0, 0)
+    assert vfs.caller(5, 1001, 101) == (5, 1001, 101)
+    enabled = node(vfs, "klp/patch/enabled")
+    assert (vfs.stat(enabled)["st_uid"], vfs.stat(enabled)["st_gid"]) == (1000, 100)
+    vfs.setattr(enabled, SetAttr(uid=1000, gid=100), vfs.caller(5, 1000, 100))
+    assert (enabled.uid, enabled.gid) == (0, 0)
+    vfs.setattr(enabled, SetAttr(uid=7, gid=8), ROOT)
+    assert vfs.ids(enabled) == (7, 8)
+
+
 def test_attributes_and_who_may_change_them() -> None:
     vfs = Vfs(tree(), check_permissions=True)
     enabled = node(vfs, "klp/patch/enabled")

@@ -263,6 +263,11 @@ class Toy:
 
 async def main(driver: str, mountpoint: str, *settings: str) -> None:
     given: dict[str, Any] = {key: json.loads(value) for key, _, value in (item.partition("=") for item in settings)}
+    serve = get_driver(driver)
+    if user := given.pop("user", 0):  # not earlier, others may not be able to read the interpreter's files
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
     toy = Toy()
     root = toy.fs.lookup(given.pop("subtree", ""))
     options = Options(**given)
@@ -272,7 +277,7 @@ async def main(driver: str, mountpoint: str, *settings: str) -> None:
         toy.nursery = nursery
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
-            await get_driver(driver)(vfs, mountpoint, options=options, task_status=task_status)
+            await serve(vfs, mountpoint, options=options, task_status=task_status)
             print("ended", flush=True)
             nursery.cancel_scope.cancel()
 

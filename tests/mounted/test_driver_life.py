@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from driver_support import TOY, Server, bash, refused, serving
+from driver_support import TOY, Server, bash, python_as, refused, serving
 
 from klpfs.drivers import DRIVERS, MountError, Options, get_driver
 from klpfs.drivers.common import (
@@ -174,6 +174,41 @@ def test_a_passed_descriptor(driver: str, tmp_path: Path) -> None:
         assert toy.stop() == 0, toy.log()
         assert mount_state(str(mnt)) == "dead"  # unmounting is up to who mounted
         assert clear_dead_mount(str(mnt))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_an_ordinary_user_is_the_root_of_his_mount(driver: str, tmp_path: Path) -> None:
+    for up in (tmp_path, *tmp_path.parents):
+        if up.stat().st_mode & 0o5 != 0o5:
+            up.chmod(up.stat().st_mode | 0o055)
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    os.chown(mnt, 65534, 65534)
+    code = """
+import os, stat, sys
+rw, wo, ro = os.O_RDWR, os.O_WRONLY, os.O_RDONLY
+for name, flags in (("enabled", rw), ("force", wo), ("force", ro), ("transition", wo)):
+    try:
+        fd = os.open(sys.argv[1] + "/attrs/" + name, flags)
+        if flags != os.O_RDONLY:
+            os.write(fd, b"0")
+        print("ok", end=" ")
+    except OSError as exc:
+        print(exc.strerror, end=" ")
+attr = sys.argv[1] + "/attrs/enabled"
+os.chmod(attr, 0o600)
+os.chown(attr, 65534, 65534)
+st = os.stat(attr)
+print(oct(st.st_mode), st.st_uid, st.st_gid, open(sys.argv[1] + "/seq/private").read(), end="")
+"""
+    with serving(driver, mnt, user=65534) as toy:
+        denied = "Permission denied"
+        assert python_as(65534, code, str(mnt)) == f"ok ok {denied} {denied} 0o100600 65534 65534 0\n"
+        assert toy.call("stores") == [["enabled", "0"], ["enabled", "0"]]
+        with refused(errno.EACCES):
+            os.listdir(mnt)  # not even root, without allow_other
+        assert toy.stop() == 0
+        assert os.listdir(mnt) == []
 
 
 def test_cycles_leave_nothing_behind(driver: str, tmp_path: Path) -> None:
