@@ -1,9 +1,9 @@
 """A module whose code is executed.
 
 Model
-    :class:`CpuCode` lays a real module out in the shared memory, relocates it, tells the sandbox, and runs its functions
-    through :class:`klpfs.cpu.host.Cpu`. Parameters live in the module's variables: they are set by the functions of their
-    type (or the module's own), and read where they stand.
+    :class:`CpuCode` lays a real module out in the shared memory, relocates it, tells the sandbox, and runs its
+    functions through :class:`klpfs.cpu.host.Cpu`. Parameters live in the module's variables: they are set by the
+    functions of their type (or the module's own), and read where they stand.
 
 Locks
     None of its own.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu import link, proto
 from klpfs.cpu.host import to_errno
 from klpfs.cpu.layout import AREAS, PROT_EXEC, PROT_READ, PROT_WRITE, U64
