@@ -91,7 +91,6 @@ def checks() -> list[Check]:
         ("runtime directory", _runtime_dir, "mount"),
         ("libfuse 2", lambda: _library("fuse", "libfuse2"), "mount --driver fusepy"),
         ("fusepy", lambda: _python("fuse", "fusepy>=3.0.1,<4"), "mount --driver fusepy"),
-        ("unicorn", lambda: _python("unicorn", "klpfs[exec]"), "executing module code"),
         ("user namespaces", _user_namespaces, "run, shell"),
         ("seccomp", _seccomp, "run, shell"),
         ("libseccomp", lambda: _library("seccomp", "libseccomp2"), "run, shell"),

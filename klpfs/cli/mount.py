@@ -102,7 +102,6 @@ Examples:
     help="real, a factor such as 10, virtual (jumps when idle) or manual (moved by klpfs clock).",
 )
 @click.option("--cpus", type=click.IntRange(1, 8192), default=2, show_default=True, metavar="N", help="CPUs.")
-@click.option("--no-exec", is_flag=True, help="Do not execute the code of real modules.")
 @click.option("--log", default="", metavar="FILE", help="The daemon's own log (default: in the runtime directory).")
 @click.option("-o", "options", multiple=True, metavar="OPTS", help="Mount options, by commas.")
 def command(
@@ -114,7 +113,6 @@ def command(
     driver: str,
     clock: str,
     cpus: int,
-    no_exec: bool,
     log: str,
     options: tuple[str, ...],
 ) -> int:
@@ -143,7 +141,6 @@ def command(
         driver=driver,
         clock=clock,
         cpus=cpus,
-        execute=not no_exec,
         options=passed,
         allow_other=True if "allow_other" in given else False if "noallow_other" in given else None,
         log=os.path.abspath(log) if log else "",

@@ -44,7 +44,6 @@ class MountConfig(msgspec.Struct, kw_only=True):
     driver: str = "pyfuse3"
     clock: str = "real"
     cpus: int = 2
-    execute: bool = True
     options: list[str] = []
     allow_other: bool | None = None
     log: str = ""
