@@ -200,16 +200,26 @@ class Loop:
                     poller.register(wake, select.POLLIN)
             assert poller is not None
             for fd, _ in poller.poll():
-                if fd == wake:
-                    os.eventfd_read(wake)
-                    while done:
-                        coro, value, error = done.popleft()
-                        self._parked.discard(coro)
-                        if not self._step(coro, value, error):
+                if fd != wake:
+                    # _step, spelled out for the most frequent case: the request is answered at once
+                    if idle:
+                        coro = idle.pop()
+                        try:
+                            waits = coro.send(None)
+                        except StopIteration:
                             return
-                    if self._stopping:
+                        if waits.__class__ is _Readable:
+                            idle.append(coro)
+                        else:
+                            self._park(coro, waits)
+                    continue
+                os.eventfd_read(wake)
+                while done:
+                    coro, value, error = done.popleft()
+                    self._parked.discard(coro)
+                    if not self._step(coro, value, error):
                         return
-                elif idle and not self._step(idle.pop(), None, None):
+                if self._stopping:
                     return
 
     def _step(self, coro: _Coro, value: Any, error: BaseException | None) -> bool:
@@ -222,12 +232,15 @@ class Loop:
             self._fd = waits.fd
             self._idle.append(coro)
         else:
-            self._parked.add(coro)
-            try:
-                self._token.run_sync_soon(self._start, coro, waits)
-            except trio.RunFinishedError:
-                return False
+            self._park(coro, waits)
         return True
+
+    def _park(self, coro: _Coro, call: _Call[Any]) -> None:
+        self._parked.add(coro)
+        try:
+            self._token.run_sync_soon(self._start, coro, call)
+        except trio.RunFinishedError:
+            self._finish(coro, None, OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN)))
 
     # -- the trio thread -----------------------------------------------------------------------------------------------
 

@@ -66,22 +66,27 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def _answer(exc: Exception, operation: str, args: tuple[object, ...]) -> FUSEError:
+    """The library's error for *exc*: anything unexpected, which would end the mount, becomes EIO and a log entry."""
+    if isinstance(exc, FUSEError):
+        return exc
+    if isinstance(exc, OSError):
+        return FUSEError(errno_of(exc))
+    log.error("%s%r failed", operation, args, exc_info=exc)
+    return FUSEError(errno.EIO)
+
+
 def _guard(
     fn: Callable[Concatenate[_Operations, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[_Operations, P], Coroutine[Any, Any, T]]:
-    """Turn OSError into the library's error, and anything unexpected, which would end the mount, into EIO and a log."""
+    """Let nothing but the library's errors out of a handler. The most frequent ones do so themselves."""
 
     @functools.wraps(fn)
     async def handler(self: _Operations, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await fn(self, *args, **kwargs)
-        except FUSEError:
-            raise
-        except OSError as exc:
-            raise FUSEError(errno_of(exc)) from None
-        except Exception:
-            log.exception("%s%r failed", fn.__name__, args)
-            raise FUSEError(errno.EIO) from None
+        except Exception as exc:  # noqa: BLE001 - logged by _answer
+            raise _answer(exc, fn.__name__, args) from None
 
     return cast("Callable[Concatenate[_Operations, P], Coroutine[Any, Any, T]]", handler)
 
@@ -361,22 +366,26 @@ class _Operations(pyfuse3.Operations):
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    @_guard
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: RequestContext) -> FileInfo:
-        node = self.node(inode)
-        caller = self.caller(ctx)
-        if self.vfs.has_hooks(node):
-            fh = await SyncCall(self.vfs.open, node, flags, caller)
-        else:
-            fh = self.vfs.open(node, flags, caller)
-        return FileInfo(fh=fh, direct_io=True, keep_cache=False)
+        try:
+            node = self.node(inode)
+            caller = self.vfs.caller(ctx.pid, ctx.uid, ctx.gid)
+            if self.vfs.has_hooks(node):
+                fh = await SyncCall(self.vfs.open, node, flags, caller)
+            else:
+                fh = self.vfs.open(node, flags, caller)
+            return FileInfo(fh, True, False)  # direct_io, not keep_cache
+        except Exception as exc:  # noqa: BLE001 - logged by _answer
+            raise _answer(exc, "open", (inode, flags)) from None
 
-    @_guard
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        data = self.vfs.read_now(fh, size, off)
-        if data is None:
-            data = await Call(self.read_on_trio, fh, size, off)
-        return data
+        try:
+            data = self.vfs.read_now(fh, size, off)
+            if data is None:
+                data = await Call(self.read_on_trio, fh, size, off)
+            return data
+        except Exception as exc:  # noqa: BLE001 - logged by _answer
+            raise _answer(exc, "read", (fh, off, size)) from None
 
     async def read_on_trio(self, fh: int, size: int, off: int) -> bytes:
         file = self.vfs.file(fh)
@@ -409,12 +418,14 @@ class _Operations(pyfuse3.Operations):
         mask: int = await SyncCall(self.vfs.poll, fh, wake)
         return mask
 
-    @_guard
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        if self.vfs.has_hooks(self.vfs.file(fh).node):
-            await SyncCall(self.vfs.release, fh)
-        else:
-            self.vfs.release(fh)
+        try:
+            if self.vfs.has_hooks(self.vfs.file(fh).node):
+                await SyncCall(self.vfs.release, fh)
+            else:
+                self.vfs.release(fh)
+        except Exception as exc:  # noqa: BLE001 - logged by _answer
+            raise _answer(exc, "release", (fh,)) from None
 
     # -- directories ---------------------------------------------------------------------------------------------------
 

@@ -88,6 +88,12 @@ class FileOps:
     is_stream: bool = False
     read_errno: int = errno.EINVAL
     write_errno: int = errno.EINVAL
+    hooked: bool = False
+    """Whether a subclass overrides :meth:`open` or :meth:`release`, which then want the trio thread; set by itself."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.hooked = cls.open is not FileOps.open or cls.release is not FileOps.release
 
     def open(self, file: OpenFile) -> None:
         """Called at open, on the trio thread or a driver's; may set ``file.private``. Raises OSError to refuse."""
@@ -245,6 +251,7 @@ class OpenFile:
         "lock",
         "node",
         "ops",
+        "plain",
         "private",
         "read_pos",
         "released",
@@ -256,6 +263,7 @@ class OpenFile:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         self.node = node
         self.ops: FileOps = ops
+        self.plain = not (ops.is_async or ops.is_stream)
         self.flags = flags
         self.caller = caller
         self.private: Any = None
@@ -288,20 +296,42 @@ class OpenFile:
         Source: fs/seq_file.c ``seq_read_iter``. What was buffered by an earlier read is handed out even after a
         removal.
         """
+        # The hot path of every driver, so calls are spelled out: _settle, get_active and put_active.
         with self.lock:
-            if self._buffered(size, offset):
-                return self._take(size)
-            node = self.node
-            node.get_active()
-            try:
-                if not self._shown:
+            if offset == 0 or offset != self.read_pos:
+                self._shown = False
+                self._buf = b""
+                self._from = 0
+                self.read_pos = offset
+            start = self._from
+            if start >= len(self._buf) and size:
+                node = self.node
+                if self._shown:  # the end
+                    if not node.alive:
+                        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+                    return b""
+                guard = node.fs._lock
+                with guard:
+                    if not node.alive:
+                        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+                    node._active += 1
+                try:
                     self._fill(self.ops.show(self.caller), offset)
-            except BaseException:
-                self._reset()
-                raise
-            finally:
-                node.put_active()
-            return self._take(size)
+                    start = offset
+                except BaseException:
+                    self._reset()
+                    raise
+                finally:
+                    with guard:
+                        node._active -= 1
+                        wake = node._drained if node._active == 0 else None
+                    if wake is not None:
+                        wake()
+            data = self._buf[start : start + size]
+            end = len(data)
+            self._from = start + end
+            self.read_pos += end
+            return data
 
     async def aread(self, size: int, offset: int) -> bytes:
         """Read from any file. On the trio thread. Raises OSError as :meth:`read`, or what a stream raises."""
@@ -313,7 +343,7 @@ class OpenFile:
         if not ops.is_async:
             return self.read(size, offset)
         async with self.turn:
-            if self._buffered(size, offset):
+            if self._settle(size, offset):
                 return self._take(size)
             with node.active(site="kernfs_seq_show"):
                 if not self._shown:
@@ -327,7 +357,7 @@ class OpenFile:
     def _reset(self) -> None:
         self._buf, self._from, self._shown, self.read_pos = b"", 0, False, 0
 
-    def _buffered(self, size: int, offset: int) -> bool:
+    def _settle(self, size: int, offset: int) -> bool:
         """Settle the position as seq_read_iter does; whether the buffer alone can answer."""
         if offset == 0 or offset != self.read_pos:
             self._buf, self._from, self._shown = b"", 0, False
@@ -335,7 +365,7 @@ class OpenFile:
         return size == 0 or self._from < len(self._buf)
 
     def _fill(self, data: bytes, offset: int) -> None:
-        if self.ops.page and len(data) >= PAGE_SIZE:
+        if len(data) >= PAGE_SIZE and self.ops.page:
             data = data[: PAGE_SIZE - 1]
         self._buf, self._from, self._shown = data, offset, True
         self.event = self.node.event

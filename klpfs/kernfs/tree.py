@@ -499,6 +499,10 @@ class Kernfs:
 
     def open_node(self, node: KernfsNode, flags: int, caller: Caller) -> OpenFile:
         """Open *node*, calling its open hook inside an active reference. Raises OSError(ENODEV) on a dead node."""
+        if node.ops is not None and not node.ops.hooked:
+            if not node.alive:
+                raise _oserror(errno.ENODEV)
+            return OpenFile(node, flags, caller)
         node.get_active()
         try:
             file = OpenFile(node, flags, caller)

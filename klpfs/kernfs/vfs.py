@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from klpfs.kernfs.files import Caller, FileOps, OpenFile
+from klpfs.kernfs.files import Caller, OpenFile
 from klpfs.kernfs.tree import Kernfs, KernfsNode
 
 __all__ = ["ROOT_INO", "SetAttr", "StatFs", "Vfs"]
@@ -38,6 +38,7 @@ __all__ = ["ROOT_INO", "SetAttr", "StatFs", "Vfs"]
 ROOT_INO = 1
 
 R_OK, W_OK, X_OK = os.R_OK, os.W_OK, os.X_OK
+O_ACCMODE, O_RDONLY, O_WRONLY, O_TRUNC, O_DIRECT = os.O_ACCMODE, os.O_RDONLY, os.O_WRONLY, os.O_TRUNC, os.O_DIRECT
 
 
 @dataclass(slots=True)
@@ -273,10 +274,7 @@ class Vfs:
     @staticmethod
     def has_hooks(node: KernfsNode) -> bool:
         """Whether opening or closing *node* calls code of the file's own, which wants the trio thread."""
-        if node.ops is None:
-            return False
-        kind = type(node.ops)
-        return kind.open is not FileOps.open or kind.release is not FileOps.release
+        return node.ops is not None and node.ops.hooked
 
     def open(self, node: KernfsNode, flags: int, caller: Caller) -> int:
         """Open a file; a handle. O_TRUNC and O_APPEND mean nothing here.
@@ -287,17 +285,17 @@ class Vfs:
         ops = node.ops
         if ops is None:
             _fail(errno.EISDIR if node.kind == "dir" else errno.ELOOP)
-        accmode = flags & os.O_ACCMODE
-        read, write = accmode != os.O_WRONLY, accmode != os.O_RDONLY
+        accmode = flags & O_ACCMODE
+        read, write = accmode != O_WRONLY, accmode != O_RDONLY
         if self.check_permissions and caller.uid != 0:
-            self._permit(node, (R_OK if read else 0) | (W_OK if write or flags & os.O_TRUNC else 0), caller)
+            self._permit(node, (R_OK if read else 0) | (W_OK if write or flags & O_TRUNC else 0), caller)
         if not node.alive:
             _fail(errno.ENODEV)
         if ops.strict_open and (
             (write and not (node.mode & 0o222 and ops.writable)) or (read and not (node.mode & 0o444 and ops.readable))
         ):
             _fail(errno.EACCES)
-        if flags & os.O_DIRECT:
+        if flags & O_DIRECT:
             _fail(errno.EINVAL)
         fh = next(self._fh)
         self._files[fh] = self.kernfs.open_node(node, flags, caller)
@@ -315,11 +313,10 @@ class Vfs:
 
         Raises OSError: ENODEV (removed), or what the file's show raises.
         """
-        file = self.file(fh)
-        ops = file.ops
-        if ops.is_async or ops.is_stream:
-            return None
-        return file.read(size, offset)
+        file = self._files.get(fh)
+        if file is None:
+            _fail(errno.EBADF)
+        return file.read(size, offset) if file.plain else None
 
     async def read(self, fh: int, size: int, offset: int) -> bytes:
         """Read from any file. Raises OSError as :meth:`read_now`; a stream may block."""
