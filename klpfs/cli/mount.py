@@ -89,6 +89,12 @@ Examples:
 @click.argument("directory", metavar="DIR")
 @click.option("--kernel", default="6.12", show_default=True, metavar="PROFILE", help="The kernel to be; see README.")
 @click.option("--release", metavar="X", help="What uname -r is, and vermagic (default: the profile's).")
+@click.option(
+    "--kernel-image", default="", metavar="FILE", help="Take the kernel's symbols from this bzImage or vmlinux."
+)
+@click.option(
+    "--kallsyms", default="", metavar="FILE", help="Take them from this System.map or copy of /proc/kallsyms."
+)
 @click.option("--subtree", default="", metavar="PATH", help="Serve only this directory of the tree.")
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground; messages go to standard error.")
 @click.option(
@@ -108,6 +114,8 @@ def command(
     directory: str,
     kernel: str,
     release: str | None,
+    kernel_image: str,
+    kallsyms: str,
     subtree: str,
     foreground: bool,
     driver: str,
@@ -127,6 +135,8 @@ def command(
     from klpfs.control.daemon import MountConfig, spawn
     from klpfs.control.runtime import normalize
 
+    if kernel_image and kallsyms:
+        raise click.UsageError("--kernel-image and --kallsyms exclude each other")
     given = fuse_options(options)
     path = normalize(directory)
     check_directory(directory, path, nonempty="nonempty" in given)
@@ -137,6 +147,8 @@ def command(
         mountpoint=path,
         kernel=kernel,
         release=release,
+        kernel_image=os.path.abspath(kernel_image) if kernel_image else "",
+        kallsyms=os.path.abspath(kallsyms) if kallsyms else "",
         subtree=subtree.strip("/"),
         driver=driver,
         clock=clock,

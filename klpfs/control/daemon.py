@@ -16,12 +16,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from klpfs import __version__
 from klpfs.control import prefork, runtime
+
+if TYPE_CHECKING:
+    from klpfs.kernel.kallsyms import SymbolTable
 
 log = logging.getLogger("klpfs.daemon")
 
@@ -33,13 +36,16 @@ class MountConfig(msgspec.Struct, kw_only=True):
     """What ``klpfs mount`` was asked for.
 
     ``mountpoint`` is absolute; ``subtree`` a path in the tree, or empty; ``log`` is empty for the default: a file in
-    the runtime directory, or standard error in the foreground; ``options`` are those of ``-o`` that go to the FUSE
+    the runtime directory, or standard error in the foreground; ``kernel_image`` or ``kallsyms`` is a file to take the
+    kernel's symbols from instead of the shipped table; ``options`` are those of ``-o`` that go to the FUSE
     library.
     """
 
     mountpoint: str
     kernel: str
     release: str | None = None
+    kernel_image: str = ""
+    kallsyms: str = ""
     subtree: str = ""
     driver: str = "pyfuse3"
     clock: str = "real"
@@ -124,6 +130,18 @@ def _run(config: MountConfig, entry: runtime.Entry, report: Callable[[Report], N
         kernel = profile(config.kernel, release=config.release)
     except ValueError as err:
         raise StartError("usage", str(err)) from None
+    table: SymbolTable | None = None
+    if config.kernel_image or config.kallsyms:
+        from klpfs.elf.symbols import open_table
+
+        source = config.kernel_image or config.kallsyms
+        try:
+            loaded = open_table(image=config.kernel_image or None, kallsyms=config.kallsyms or None)
+        except OSError as err:
+            reason = err.strerror or str(err)
+            raise StartError("failed", reason if source in reason else f"{source}: {reason}") from None
+        table = loaded
+        kernel = profile(config.kernel, release=config.release or loaded.release or None)
     ready = False
 
     def started() -> None:
@@ -133,7 +151,7 @@ def _run(config: MountConfig, entry: runtime.Entry, report: Callable[[Report], N
         report(Report("ready", pid=entry.pid, log=entry.log))
 
     try:
-        trio.run(serve, config, kernel, entry, started, clock=clock)
+        trio.run(serve, config, kernel, table, entry, started, clock=clock)
     except Exception as err:
         failure = _start_failure(err)
         if ready or failure is None:

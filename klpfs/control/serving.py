@@ -14,6 +14,7 @@ from klpfs.control.prefork import ENDING
 from klpfs.control.runtime import Entry
 from klpfs.control.server import ControlServer, listen
 from klpfs.drivers import Options, get_driver
+from klpfs.kernel.kallsyms import SymbolTable
 from klpfs.kernel.profile import Profile
 from klpfs.kernfs.vfs import Vfs
 from klpfs.machine import open_machine
@@ -21,13 +22,17 @@ from klpfs.machine import open_machine
 log = logging.getLogger("klpfs.daemon")
 
 
-async def serve(config: MountConfig, kernel: Profile, entry: Entry, started: Callable[[], None]) -> None:
+async def serve(
+    config: MountConfig, kernel: Profile, table: SymbolTable | None, entry: Entry, started: Callable[[], None]
+) -> None:
     """Serve until the mount is taken away, a signal asks for the end, or a client does.
+
+    ``table`` holds the kernel's symbols; None stands for those that klpfs ships for ``kernel``.
 
     ``started`` is called when mount and control socket can be used. Raises StartError, and what the driver raises.
     """
     driver = get_driver(config.driver)
-    async with open_machine(kernel, cpus=config.cpus) as machine:
+    async with open_machine(kernel, cpus=config.cpus, table=table) as machine:
         root = machine.kernfs.lookup(config.subtree) if config.subtree else machine.kernfs.root
         if root is None or root.kind != "dir":
             raise StartError("usage", f"--subtree {config.subtree}: there is no such directory in the tree")

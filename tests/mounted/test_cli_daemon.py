@@ -216,6 +216,21 @@ def test_no_fuse_device(cli: Cli) -> None:
     assert list(cli.runtime.glob("*.json")) == []
 
 
+def test_symbols_of_another_kernel(cli: Cli) -> None:
+    symbols = cli.dir / "System.map"
+    symbols.write_text("ffffffff81000000 T _text\nffffffff81000100 T only_here\nffffffff81000200 T klp_enable_patch\n")
+    with cli.mounted("--kallsyms", "System.map", "--release", "6.12.0-mine") as m:
+        assert (m.path / "proc/sys/kernel/osrelease").read_text() == "6.12.0-mine\n"
+        assert "only_here" in (m.path / "proc/kallsyms").read_text()
+        cli.ok("task", "add", "--stack", "only_here")
+        assert "no function cmdline_proc_show" in cli.fails(1, "task", "add", "--stack", "cmdline_proc_show")
+    symbols.write_text("this is no symbol table\n")
+    assert f"{symbols}: " in cli.fails(4, "mount", "k", "--kallsyms", "System.map")
+    assert f"{cli.dir}/nosuch: No such file or directory" in cli.fails(4, "mount", "k", "--kernel-image", "nosuch")
+    assert f"{symbols}: " in cli.fails(4, "mount", "k", "--kernel-image", symbols)
+    assert "exclude each other" in cli.fails(2, "mount", "k", "--kernel-image", "x", "--kallsyms", "y")
+
+
 @pytest.mark.parametrize("driver", ["pyfuse3", "fusepy"])
 def test_subtree(cli: Cli, driver: str) -> None:
     with cli.mounted("--subtree", "/sys/kernel/livepatch/", "--driver", driver) as m:
