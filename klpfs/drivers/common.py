@@ -17,6 +17,8 @@ from typing import Literal, TypeVar
 
 import trio
 
+from klpfs.kernfs.vfs import Vfs
+
 __all__ = [
     "FOREVER",
     "Interrupts",
@@ -69,6 +71,12 @@ class Options:
         if self.owner is None and passed_fd(mountpoint) is None and os.geteuid() != 0:
             return os.geteuid(), os.getegid()
         return self.owner
+
+    def apply(self, vfs: Vfs, mountpoint: str) -> None:
+        """Tell *vfs* what follows from the options."""
+        vfs.owner = self.root_ids(mountpoint)
+        vfs.proc = self.proc
+        vfs.check_permissions = vfs.check_permissions or not self.default_permissions
 
     def flags(self) -> set[str]:
         """The options for ``-o``."""
@@ -246,13 +254,14 @@ class Interrupts:
         self._proc = proc
         self._blocked: set[_Blocked] = set()
         self._some = trio.Event()
+        self._limiter = trio.CapacityLimiter(1)
 
     async def run(self) -> None:
         """Watch until cancelled."""
         while True:
             await self._some.wait()
             while self._blocked:
-                for entry in await trio.to_thread.run_sync(self._look, list(self._blocked)):
+                for entry in await trio.to_thread.run_sync(self._look, list(self._blocked), limiter=self._limiter):
                     entry.scope.cancel()
             self._some = trio.Event()
 

@@ -677,7 +677,7 @@ async def _run(vfs: Vfs, mountpoint: str, options: Options, task_status: trio.Ta
         except trio.RunFinishedError:
             pass
 
-    vfs.owner = options.root_ids(mountpoint)
+    options.apply(vfs, mountpoint)
     threads = _Threads(on_end)
     operations = _Operations(vfs, threads)
     handler = _Fuse(operations)

@@ -501,7 +501,7 @@ async def serve(
         raise MountError(errno.EBUSY, "pyfuse3 serves one mount per process")
     check_mountpoint(mountpoint)
     passed = passed_fd(mountpoint) is not None
-    vfs.owner = options.root_ids(mountpoint)
+    options.apply(vfs, mountpoint)
     operations = _Operations(vfs, options)
     _serving = True
     try:

@@ -26,7 +26,7 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -371,25 +371,32 @@ class Vfs:
             _fail(errno.EBADF)
         return handle.node
 
-    def readdir(self, fh: int, start: int) -> list[tuple[str, KernfsNode, int]]:
+    def readdir(self, fh: int, start: int) -> Iterator[tuple[str, KernfsNode, int]]:
         """Entries from position *start* on, as (name, node, position after it); ``.`` and ``..`` come first.
 
         The listing is taken when *start* is 0, so that positions stay good whatever is created or removed meanwhile;
-        what was removed since is left out. A removed directory has ``.`` and ``..`` only. Raises OSError(EBADF).
+        what was removed since is left out. A removed directory has ``.`` and ``..`` only. Raises OSError(EBADF), at
+        once. The iterator itself may be used in any thread.
         """
         handle = self._dirs.get(fh)
         if handle is None:
             _fail(errno.EBADF)
         node = handle.node
-        if handle.entries is None or start == 0:
+        entries = handle.entries
+        if entries is None or start == 0:
             up = node.parent if node is not self.root and node.parent is not None else node
-            handle.entries = [(".", node), ("..", up)]
-            handle.entries += node.entries()
-        return [
-            (name, child, position)
-            for position, (name, child) in enumerate(handle.entries[start:], start + 1)
-            if position <= 2 or (child.alive and node.alive)
-        ]
+            entries = handle.entries = [(".", node), ("..", up), *node.entries()]
+        return self._entries(node, entries, start)
+
+    @staticmethod
+    def _entries(
+        node: KernfsNode, entries: list[tuple[str, KernfsNode]], start: int
+    ) -> Iterator[tuple[str, KernfsNode, int]]:
+        # lazily: a reply holds some dozens of entries, and a directory may have a hundred thousand
+        for position in range(start, len(entries)):
+            name, child = entries[position]
+            if position < 2 or (child.alive and node.alive):
+                yield name, child, position + 1
 
     def releasedir(self, fh: int) -> None:
         """Close a directory. Unknown handles are ignored."""

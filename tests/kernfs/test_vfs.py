@@ -243,7 +243,7 @@ def test_listings(run: Run) -> None:
         vfs = Vfs(fs)
         patch = node(vfs, "klp/patch")
         fh = vfs.opendir(patch, ROOT)
-        everything = vfs.readdir(fh, 0)
+        everything = list(vfs.readdir(fh, 0))
         assert [name for name, _, _ in everything] == [
             ".",
             "..",

@@ -271,7 +271,7 @@ async def main(driver: str, mountpoint: str, *settings: str) -> None:
     toy = Toy()
     root = toy.fs.lookup(given.pop("subtree", ""))
     options = Options(**given)
-    vfs = Vfs(toy.fs, root, check_permissions=not options.default_permissions, proc=options.proc)
+    vfs = Vfs(toy.fs, root)
 
     async with trio.open_nursery() as nursery:
         toy.nursery = nursery
