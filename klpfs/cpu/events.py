@@ -440,6 +440,8 @@ class Events:
 
     async def on_kthread_create(self, thread: HostThread, function: int, data: int, name: bytes) -> list[Any]:
         """``kthread_create``: pid and name of the task, which does not run yet."""
+        if sum(kthread.module == thread.module for kthread in self._kthreads.values()) >= self.cpu.limits.threads:
+            raise OSError(errno.EAGAIN, f"{thread.module} has too many threads")
         task = self.machine.sched.kthread(text_of(name)[:15])
         self._kthreads[task.pid] = _Kthread(task, function, data, thread.module)
         return [task.pid, task.comm]
@@ -464,8 +466,13 @@ class Events:
             kthread.code = -(error.errno or errno.EIO)
         finally:
             kthread.done.set()
-            if kthread.task.alive:
-                sched.exit(kthread.task)
+            self._exit(kthread)
+
+    def _exit(self, kthread: _Kthread) -> None:
+        if kthread.task.alive:
+            self.machine.sched.exit(kthread.task)
+        if self.cpu.alive:
+            self.cpu.send(proto.Forget(kthread.task.pid))
 
     async def on_kthread_stop(self, thread: HostThread, pid: int, started: bool) -> int:
         """``kthread_stop``: what the thread returned; -EINTR if it never ran."""
@@ -474,10 +481,10 @@ class Events:
             return -errno.ESRCH
         if kthread.started:
             await kthread.done.wait()
-        elif kthread.task.alive:
-            self.machine.sched.exit(kthread.task)
-        if self.cpu.alive:
-            self.cpu.send(proto.Forget(pid))
+            if self.cpu.alive:
+                self.cpu.send(proto.Forget(pid))
+        else:
+            self._exit(kthread)
         return kthread.code
 
     async def on_send_sig(self, thread: HostThread, pid: int, sig: int) -> int:
@@ -562,4 +569,8 @@ class Events:
                 del self._works[addr]
         for addr in [a for a in self._timers if base <= a < base + size and self._timers[a].scope is None]:
             del self._timers[addr]
+        for pid, kthread in list(self._kthreads.items()):
+            if base <= kthread.function < base + size and not kthread.started:
+                del self._kthreads[pid]
+                self._exit(kthread)
         self.files.forget_region(base, size)

@@ -25,7 +25,7 @@ import sys
 
 __all__ = ["confine", "limit_resources"]
 
-ADDRESS_SPACE = 2 << 30
+ADDRESS_SPACE = 3 << 30
 """Bytes of address space: the engine's buffers, the emulated memory and Python with room to spare."""
 _FILES = 16
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
@@ -38,7 +38,8 @@ _SYSCALLS: dict[str, tuple[int, dict[str, int]]] = {
         {
             "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mmap": 9, "mprotect": 10,
             "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "sched_yield": 24,
-            "mremap": 25, "madvise": 28, "nanosleep": 35, "getpid": 39, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47,
+            "mremap": 25, "madvise": 28, "nanosleep": 35, "getpid": 39, "sendto": 44, "recvfrom": 45, "sendmsg": 46,
+            "recvmsg": 47,
             "exit": 60, "gettimeofday": 96, "sigaltstack": 131, "gettid": 186, "futex": 202, "restart_syscall": 219,
             "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "ppoll": 271,
             "getrandom": 318, "membarrier": 324, "rseq": 334,

@@ -146,7 +146,8 @@ class Heap:
         if size > AREAS["heap"].size:
             return 0
         room = self._room(size)
-        if self.used.get(owner, 0) + room > self.limit:
+        # without an owner: the kernel's own, which half of the area is kept for
+        if self.used.get(owner, 0) + room > (self.limit if owner else AREAS["heap"].size // 2):
             return 0
         stack = self._free.get(room)
         if stack:
