@@ -24,6 +24,13 @@ def run_at_once(argv: Sequence[str]) -> int | None:
 
 def main() -> None:
     """Run the command of sys.argv, then exit with its code."""
+    try:
+        _main()
+    except KeyboardInterrupt:  # while something was imported: click has its own way with one inside a command
+        sys.exit(130)
+
+
+def _main() -> None:
     if sys.argv[1:2] == ["run"]:
         status = run_at_once(sys.argv[2:])
         if status is not None:
@@ -48,7 +55,7 @@ def main() -> None:
     except click.ClickException as err:
         err.show()
         sys.exit(err.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(result if isinstance(result, int) else EXIT_OK)
 
