@@ -1,4 +1,4 @@
-"""Atomic replace: nops that come and go, what becomes of the replaced (Documentation/livepatch/cumulative-patches.rst)."""
+"""Atomic replace: nops that come and go, and the replaced (Documentation/livepatch/cumulative-patches.rst)."""
 
 from __future__ import annotations
 
