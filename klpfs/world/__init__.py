@@ -29,6 +29,8 @@ Model
     :mod:`.hostproc`       reading the world's processes through a procfs of their PID namespace
     :mod:`.tasks`          real processes as tasks of the emulated scheduler
     :mod:`.procfs`         /proc
+    :mod:`.vfs`            file requests, in the name of the task that makes them
+    :mod:`.readers`        signals to readers of /dev/kmsg that wait
     :mod:`.daemon`         the daemon
     =====================  ======================================================================================
 

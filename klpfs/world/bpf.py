@@ -16,7 +16,6 @@ Source
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Collection, Iterable
 from typing import Final
 
@@ -131,7 +130,7 @@ def _lseek_rule() -> Rule:
 def rules(abi: dict[str, int], *, keep_uname: bool, traps: Collection[str]) -> dict[int, Rule]:
     """The rules of one ABI by system call number. *traps* are calls whose kernel function may be patched.
 
-    Raises OSError(EINVAL) for a trap whose name is not known here.
+    Raises ValueError for a trap whose name is not known here.
     """
     out: dict[int, Rule] = {}
     notify = Rule([_NOTIFY])
@@ -145,7 +144,8 @@ def rules(abi: dict[str, int], *, keep_uname: bool, traps: Collection[str]) -> d
     out[abi["lseek"]] = _lseek_rule()
     for name in traps:
         if not any(name in table for table in ABIS.values()):
-            raise OSError(errno.EINVAL, f"system call {name} cannot be supervised")
+            known = ", ".join(sorted(set(ABIS[AUDIT_ARCH_X86_64]) - set(ALWAYS) - set(BY_PID)))
+            raise ValueError(f"no system call {name!r} is known here, but {known}")
         if name in abi:
             out[abi[name]] = notify
     return out

@@ -15,6 +15,7 @@ Source
 from __future__ import annotations
 
 import array
+import gc
 import logging
 import os
 import signal
@@ -109,6 +110,7 @@ def main(options: Options, to_front: socket.socket, to_init: socket.socket, sign
     signal.pthread_sigmask(signal.SIG_SETMASK, signals.mask)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="klpfs: %(name)s: %(message)s")
     try:
+        gc.disable()  # a tenth of the time that imports take
         # what is wrong with an option is found out before trio is imported
         log_fd = _open_log(options.log) if options.log is not None else -1
         kernel = _choose(options)
@@ -252,11 +254,14 @@ class _Daemon:
                 self._proc(machine, fds[1])
                 await self._start_fuse(machine, nursery, fds[0])
             elif message == b"R":
-                self._start_control(machine, nursery, fds[0])
                 self.to_init.send(self.kernel.release.encode())
+                # pid 1 is busy for a while, and then waits for the answer to its last message
+                self._start_control(machine, nursery, fds[0])
             elif message == b"L":
                 self._start_supervisor(machine, nursery, fds[0])
                 self.to_init.send(b"G")
+                gc.enable()
+                gc.freeze()
             elif message == b"C":
                 os.kill(os.getppid(), signal.SIGCONT)
 
@@ -278,15 +283,18 @@ class _Daemon:
 
         from klpfs.drivers import Options as MountOptions
         from klpfs.drivers import get_driver
-        from klpfs.kernfs.vfs import Vfs
+        from klpfs.world.readers import Readers
+        from klpfs.world.vfs import WorldVfs
 
         assert isinstance(nursery, trio.Nursery)
         serve = get_driver("pyfuse3")
         procfs = f"/proc/self/fd/{self.proc.fd}"
+        readers = Readers(self.proc)
+        nursery.start_soon(readers.run)
 
         async def driver(*, task_status: trio.TaskStatus[None]) -> None:
             await serve(
-                Vfs(machine.kernfs, proc=procfs),
+                WorldVfs(machine.kernfs, self.tasks, readers, proc=procfs),
                 f"/dev/fd/{fd}",
                 options=MountOptions(proc=procfs),
                 task_status=task_status,

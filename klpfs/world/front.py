@@ -254,10 +254,12 @@ class Front:
                 return
             if kind == b"X":
                 self.status = int(text)
+            elif kind == b"E" and sock is self.to_daemon:
+                self.failure = text  # it has the reason, where pid 1 only knows that the daemon is gone
+                if not self.init_gone:
+                    os.kill(self.init, signal.SIGKILL)
             elif kind == b"E" and not self.failure:
                 self.failure = text
-                if sock is self.to_daemon and not self.init_gone:
-                    os.kill(self.init, signal.SIGKILL)
             elif kind == b"T":
                 self._stop()
 
@@ -314,6 +316,8 @@ def run(options: Options) -> int:
                 from klpfs.world.daemon import main as daemon_main
 
                 status = daemon_main(options, daemon_front, daemon_init, signals)
+            except BaseException:  # noqa: BLE001 - a child must not return into what its parent was doing
+                sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(status)
         for sock in (daemon_front, daemon_init):
@@ -334,6 +338,8 @@ def run(options: Options) -> int:
                 from klpfs.world.initproc import main as init_main
 
                 status = init_main(options, init_front, init_daemon, signals)
+            except BaseException:  # noqa: BLE001 - a child must not return into what its parent was doing
+                sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(status)
         for sock in (init_front, init_daemon):

@@ -73,7 +73,10 @@ def _reserve_pids(proc: int) -> None:
 
 def _install_filter(options: Options) -> int:
     """The seccomp filter for this process and its descendants; the listener. Raises WorldError."""
-    program = sysapi.pack_filter(bpf.build(keep_uname=options.keep_uname, traps=options.traps))
+    try:
+        program = sysapi.pack_filter(bpf.build(keep_uname=options.keep_uname, traps=options.traps))
+    except ValueError as err:
+        raise WorldError(f"--trap: {err}") from None
     base = sysapi.SECCOMP_FILTER_FLAG_NEW_LISTENER | sysapi.SECCOMP_FILTER_FLAG_SPEC_ALLOW
     # a signal must not tear a caller out of a system call that has had its effect already (Linux 5.19)
     attempts = [base | sysapi.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, base]

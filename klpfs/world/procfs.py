@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["WorldProc"]
 
+#: Functions of the host's kernel that wait for a FUSE server or a seccomp supervisor.
+_WAITING = ("request_wait", "fuse_", "seccomp", "syscall_trace", "schedule")
 _TEXT_LINKS = frozenset({"exe", "cwd", "root"})
 
 
@@ -161,15 +163,15 @@ class _ProcessDir:
 
     def _stack(self) -> bytes:
         task = self._task()
-        lines = []
+        lines = self.world.proc.stack(self.path)
+        if lines is None:
+            name = self.world.proc.wchan(self.path)
+            lines = [] if name == "0" else [f"{name}+0x0/0x0"]
         if task.stack:
-            lines = [str(self.world.machine.kallsyms.lookup(a) or f"{a:#x}") for a in task.stack]
-        else:
-            host = self.world.proc.stack(self.path)
-            if host is None:
-                name = self.world.proc.wchan(self.path)
-                host = [] if name == "0" else [f"{name}+0x0/0x0"]
-            lines = host
+            # the host's kernel waits for us, in functions that the emulated one does not pass through
+            while lines and lines[0].lstrip("_").startswith(_WAITING):
+                del lines[0]
+            lines[:0] = [str(self.world.machine.kallsyms.lookup(a) or f"{a:#x}") for a in task.stack]
         return "".join(f"[<0>] {line}\n" for line in lines).encode()
 
     def _wchan(self) -> bytes:

@@ -102,7 +102,8 @@ class WorldTasks:
             real = None
         if real is None:
             pid = pid or self.proc.tgid(tid)
-            parent = self.sched.tasks.get(stat.ppid if tid == pid else pid)
+            # as it is now: it may have left the kernel, and so been switched, before it forked
+            parent = self.ensure(stat.ppid if tid == pid else pid)
             task = self.sched.spawn(stat.comm, pid=tid, tgid=pid, ppid=stat.ppid, parent=parent)
             task.real = True
             real = self._known[tid] = _Real(task, f"{pid}/task/{tid}", (tid, stat.start))
