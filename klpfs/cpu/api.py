@@ -1,16 +1,16 @@
 """The kernel functions and variables that executed module code can use: one table.
 
 Model
-    A module's undefined symbols resolve to addresses of the emulated vmlinux. At such an address stands either real code
-    (*native*: return thunks, ``__fentry__``), or a trap that a stub answers. A *local* stub works inside the sandbox on
-    the emulated memory; a *core* stub is an event that the daemon answers with its own livepatch core, workqueue, sysfs.
-    A function that is not in this table can be linked against, as long as the kernel has it; a call of it ends the
-    calling thread with an oops that names it.
+    A module's undefined symbols resolve to addresses of the emulated vmlinux. At such an address stands either real
+    code (*native*: return thunks, ``__fentry__``), or a trap that a stub answers. A *local* stub works inside the
+    sandbox on the emulated memory; a *core* stub is an event that the daemon answers with its own livepatch core,
+    workqueue, sysfs. A function that is not in this table can be linked against, as long as the kernel has it; a call
+    of it ends the calling thread with an oops that names it.
 
-    A line of the table reads ``type[!] name(types)``. Types: ``ptr ulong size`` 64 bits; ``long`` signed 64; ``int uint``
-    32; ``bool``; ``str`` a NUL-terminated string; ``fmt`` a printf format with the arguments that follow it; ``va`` a
-    format, then a ``va_list``. ``!`` marks functions that may block; a thread that waits in one is asleep, with its call
-    chain on the stack of its task. Several names in one line share signature and stub.
+    A line of the table reads ``type[!] name(types)``. Types: ``ptr ulong size`` 64 bits; ``long`` signed 64; ``int
+    uint`` 32; ``bool``; ``str`` a NUL-terminated string; ``fmt`` a printf format with the arguments that follow it;
+    ``va`` a format, then a ``va_list``. ``!`` marks functions that may block; a thread that waits in one is asleep,
+    with its call chain on the stack of its task. Several names in one line share signature and stub.
 
 Locks
     None; constant. Importable without the execution engine.
@@ -350,7 +350,8 @@ bool kthread_should_stop kthread_should_park()
 ptr kthread_data(ptr)
 
 # time (kernel/time)
-ulong ktime_get ktime_get_raw ktime_get_mono_fast_ns ktime_get_raw_fast_ns ktime_get_boot_fast_ns ktime_get_real_fast_ns()
+ulong ktime_get ktime_get_raw ktime_get_mono_fast_ns()
+ulong ktime_get_raw_fast_ns ktime_get_boot_fast_ns ktime_get_real_fast_ns()
 ulong ktime_get_with_offset ktime_get_coarse_with_offset(int)
 ulong sched_clock local_clock()
 void ktime_get_ts64 ktime_get_real_ts64 ktime_get_coarse_ts64 ktime_get_coarse_real_ts64 ktime_get_raw_ts64(ptr)
@@ -383,12 +384,13 @@ bool static_key_fast_inc_not_disabled(ptr)
 int static_key_count(ptr)
 
 # parameters (kernel/params.c)
-int param_set_byte param_set_short param_set_ushort param_set_int param_set_uint param_set_long param_set_ulong(ptr, ptr)
-int param_set_ullong param_set_hexint param_set_charp param_set_bool param_set_bool_enable_only param_set_invbool(ptr, ptr)
-int param_set_bint param_set_copystring(ptr, ptr)
+int param_set_byte param_set_short param_set_ushort param_set_int param_set_uint param_set_long(ptr, ptr)
+int param_set_ulong param_set_ullong param_set_hexint param_set_charp param_set_bool(ptr, ptr)
+int param_set_bool_enable_only param_set_invbool param_set_bint param_set_copystring(ptr, ptr)
 int param_set_uint_minmax(ptr, ptr, uint, uint)
-int param_get_byte param_get_short param_get_ushort param_get_int param_get_uint param_get_long param_get_ulong(ptr, ptr)
-int param_get_ullong param_get_hexint param_get_charp param_get_bool param_get_invbool param_get_string(ptr, ptr)
+int param_get_byte param_get_short param_get_ushort param_get_int param_get_uint param_get_long(ptr, ptr)
+int param_get_ulong param_get_ullong param_get_hexint param_get_charp param_get_bool(ptr, ptr)
+int param_get_invbool param_get_string(ptr, ptr)
 int! param_array_set param_array_get(ptr, ptr)
 void param_free_charp(ptr)
 void! param_array_free(ptr)
@@ -532,8 +534,12 @@ API: Mapping[str, Api] = MappingProxyType(_table())
 """Every kernel function that module code may call, by name."""
 
 
+INTEGER_PARAMS = ("byte", "short", "ushort", "int", "uint", "long", "ulong", "ullong", "hexint")
+"""Types of parameters that are integers."""
+
+
 def _data() -> dict[str, Data]:
-    ops = "byte short ushort int uint long ulong ullong hexint charp bool bool_enable_only invbool bint string".split()
+    ops = [*INTEGER_PARAMS, "charp", "bool", "bool_enable_only", "invbool", "bint", "string"]
     sizes = {
         "jiffies": 8,
         "console_printk": 16,

@@ -1,9 +1,9 @@
 """A module whose code is executed.
 
 Model
-    :class:`CpuCode` lays a real module out in the shared memory, relocates it, tells the sandbox, and runs its functions
-    through :class:`klpfs.cpu.host.Cpu`. Parameters live in the module's variables: they are set by the functions of their
-    type (or the module's own), and read where they stand.
+    :class:`CpuCode` lays a real module out in the shared memory, relocates it, tells the sandbox, and runs its
+    functions through :class:`klpfs.cpu.host.Cpu`. Parameters live in the module's variables: they are set by the
+    functions of their type (or the module's own), and read where they stand.
 
 Locks
     None of its own.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu import link, proto
 from klpfs.cpu.host import to_errno
 from klpfs.cpu.layout import AREAS, PROT_EXEC, PROT_READ, PROT_WRITE, U64
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuCode"]
 
+_MAX_SIZE = 256 << 20
+"""Most bytes that a module may have in memory; the kernel would run out of it at some point, too."""
 _NOP5 = bytes.fromhex("0f1f440000")
 _ENDBR64 = bytes.fromhex("f30f1efa")
 _PROTECTION = {
@@ -73,6 +75,8 @@ class CpuCode(ElfCode):
 
     def __init__(self, machine: Machine, elf: ElfModule, cpu: Cpu) -> None:
         super().__init__(machine, elf)
+        # Types of the module's own take any text: their functions are executed.
+        elf.params = [p._replace(type="charp", max=0) if p.type in ("custom", "unknown") else p for p in elf.params]
         self.cpu = cpu
         self.this_module = 0
         """Address of its ``struct module``."""
@@ -92,6 +96,8 @@ class CpuCode(ElfCode):
         cpu, module = self.cpu, self.elf
         if not cpu.alive:
             raise OSError(errno.EIO, "the execution sandbox is gone")
+        if sum(self.layout.sizes.values()) > _MAX_SIZE:
+            raise OSError(errno.ENOMEM, f"{self._name}: more than {_MAX_SIZE} bytes")
         percpu = module.section(".data..percpu")
         if percpu is not None:
             self._percpu = cpu.percpu.alloc(percpu.size, percpu.align, self._name)

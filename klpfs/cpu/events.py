@@ -2,8 +2,8 @@
 
 Model
     One method for each event; its arguments come from the sandbox, which checked the pointers. An answer is what the
-    kernel function returns: a number, an address. Objects of the core that emulated code holds pointers to (kobjects, work
-    items, directories) are kept here by address.
+    kernel function returns: a number, an address. Objects of the core that emulated code holds pointers to (kobjects,
+    work items, directories) are kept here by address.
 
 Locks
     Runs in the trio task that called the module code, with whatever locks that task holds.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu import proto
 from klpfs.cpu.files import Files
 from klpfs.cpu.oops import ModuleOops
@@ -97,7 +97,9 @@ class Events:
 
     async def handle(self, thread: HostThread, event: proto.Event) -> Any:
         """Do what *event* asks for; the answer. An OSError becomes a negative errno."""
-        handler: Handler | None = getattr(self, f"on_{event.name}", None) or getattr(self.files, f"on_{event.name}", None)
+        handler: Handler | None = getattr(self, f"on_{event.name}", None) or getattr(
+            self.files, f"on_{event.name}", None
+        )
         if handler is None:
             raise OSError(errno.EPROTO, f"the sandbox asked for {event.name}")
         task, state = thread.task, ""
@@ -153,13 +155,10 @@ class Events:
                 memory.funcs[func] = func_addr
                 rows.append(func)
         names = ("pre_patch", "post_patch", "pre_unpatch", "post_unpatch")
-        callbacks = KlpCallbacks(
-            **{
-                which: partial(self._callback, memory, module, call, which == "pre_patch")
-                for which, call in zip(names, calls, strict=True)
-                if call
-            }
-        )
+        callbacks = KlpCallbacks()
+        for which, call in zip(names, calls, strict=True):
+            if call:
+                setattr(callbacks, which, partial(self._callback, memory, module, call, which == "pre_patch"))
         obj = KlpObject(None if name is None else text_of(name), rows, callbacks, priv=addr)
         memory.objects[obj] = addr
         return obj
@@ -167,8 +166,8 @@ class Events:
     async def _callback(self, memory: PatchMemory, module: str, call: int, answers: bool, obj: KlpObject) -> int | None:
         """A callback: the structures that it may read are brought up to date first.
 
-        If it crashes, the kernel would lose the task, and livepatch with it; here the patch is refused, or the work goes
-        on without what the callback would have done.
+        If it crashes, the kernel would lose the task, and livepatch with it; here the patch is refused, or the work
+        goes on without what the callback would have done.
         """
         self._write_back(memory, obj)
         try:
@@ -230,7 +229,17 @@ class Events:
         self.cpu.heap.free(data)
 
     async def on_klp_shadow_alloc(
-        self, thread: HostThread, obj: int, number: int, size: int, gfp: int, ctor: int, ctor_data: int, /, *, get: bool = False
+        self,
+        thread: HostThread,
+        obj: int,
+        number: int,
+        size: int,
+        gfp: int,
+        ctor: int,
+        ctor_data: int,
+        /,
+        *,
+        get: bool = False,
     ) -> int:
         """Address of the new data, or 0."""
         livepatch = self.machine.livepatch
@@ -431,6 +440,8 @@ class Events:
 
     async def on_kthread_create(self, thread: HostThread, function: int, data: int, name: bytes) -> list[Any]:
         """``kthread_create``: pid and name of the task, which does not run yet."""
+        if sum(kthread.module == thread.module for kthread in self._kthreads.values()) >= self.cpu.limits.threads:
+            raise OSError(errno.EAGAIN, f"{thread.module} has too many threads")
         task = self.machine.sched.kthread(text_of(name)[:15])
         self._kthreads[task.pid] = _Kthread(task, function, data, thread.module)
         return [task.pid, task.comm]
@@ -455,8 +466,13 @@ class Events:
             kthread.code = -(error.errno or errno.EIO)
         finally:
             kthread.done.set()
-            if kthread.task.alive:
-                sched.exit(kthread.task)
+            self._exit(kthread)
+
+    def _exit(self, kthread: _Kthread) -> None:
+        if kthread.task.alive:
+            self.machine.sched.exit(kthread.task)
+        if self.cpu.alive:
+            self.cpu.send(proto.Forget(kthread.task.pid))
 
     async def on_kthread_stop(self, thread: HostThread, pid: int, started: bool) -> int:
         """``kthread_stop``: what the thread returned; -EINTR if it never ran."""
@@ -465,10 +481,10 @@ class Events:
             return -errno.ESRCH
         if kthread.started:
             await kthread.done.wait()
-        elif kthread.task.alive:
-            self.machine.sched.exit(kthread.task)
-        if self.cpu.alive:
-            self.cpu.send(proto.Forget(pid))
+            if self.cpu.alive:
+                self.cpu.send(proto.Forget(pid))
+        else:
+            self._exit(kthread)
         return kthread.code
 
     async def on_send_sig(self, thread: HostThread, pid: int, sig: int) -> int:
@@ -553,4 +569,8 @@ class Events:
                 del self._works[addr]
         for addr in [a for a in self._timers if base <= a < base + size and self._timers[a].scope is None]:
             del self._timers[addr]
+        for pid, kthread in list(self._kthreads.items()):
+            if base <= kthread.function < base + size and not kthread.started:
+                del self._kthreads[pid]
+                self._exit(kthread)
         self.files.forget_region(base, size)

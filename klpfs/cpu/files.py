@@ -1,14 +1,14 @@
 """Files that module code makes: sysfs attributes, kobjects, /proc and debugfs entries.
 
 Model
-    A kobject of emulated code is a :class:`klpfs.kernel.kobject.Kobject` here, found by its address; the reference count
-    is ours. A file calls its functions in the module when it is read or written: attributes get a page, seq files a
-    seq_file, files with operations of their own a ``struct file``. /proc and debugfs entries are known to the code by
+    A kobject of emulated code is a :class:`klpfs.kernel.kobject.Kobject` here, found by its address; the reference
+    count is ours. A file calls its functions in the module when it is read or written: attributes get a page, seq files
+    a seq_file, files with operations of their own a ``struct file``. /proc and debugfs entries are known to the code by
     the address of an object that only we look into.
 
 Locks
-    None of its own; a read or write holds an active reference on the file (see :mod:`klpfs.kernfs`), so that its removal
-    waits for the module's function.
+    None of its own; a read or write holds an active reference on the file (see :mod:`klpfs.kernfs`), so that its
+    removal waits for the module's function.
 
 Source
     lib/kobject.c, fs/sysfs/{file,group}.c, fs/proc/generic.c, fs/debugfs/{inode,file}.c, fs/seq_file.c.
@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.kernel.kobject import Kobject, KobjType
 from klpfs.kernfs import PAGE_SIZE, Attribute, Caller, FileOps, KernfsNode
 
@@ -155,7 +155,15 @@ class Files:
         return addr
 
     async def on_kobject_add(
-        self, thread: HostThread, addr: int, parent: int, name: bytes, release: int, show: int, store: int, groups: list[Any]
+        self,
+        thread: HostThread,
+        addr: int,
+        parent: int,
+        name: bytes,
+        release: int,
+        show: int,
+        store: int,
+        groups: list[Any],
     ) -> int:
         """``kobject_add`` of an object in the module's own memory."""
         ktype = KobjType()
@@ -219,7 +227,7 @@ class Files:
         return ModuleFile(do_show if show else None, do_store if store else None, attribute=True)
 
     async def on_sysfs_create(self, thread: HostThread, kobj: int, group: bytes | None, attrs: list[Any]) -> int:
-        """``sysfs_create_file`` and its kin: *attrs* as ``[address, name, mode, show, store]``, in directory *group*."""
+        """``sysfs_create_file`` and its kin in directory *group*; *attrs* as ``[address, name, mode, show, store]``."""
         node = self._node(kobj)
         entry = self._kobjects.get(kobj)
         if group:
@@ -315,7 +323,9 @@ class Files:
 
         return self._make(where, last, ModuleFile(do_show, None, attribute=False), mode, "proc_dir_entry")
 
-    async def on_proc_create(self, thread: HostThread, name: bytes, mode: int, parent: int, ops: int, data: int = 0) -> int:
+    async def on_proc_create(
+        self, thread: HostThread, name: bytes, mode: int, parent: int, ops: int, data: int = 0
+    ) -> int:
         """A file with a ``struct proc_ops``."""
         where, last = self._proc_path(name, parent)
         get = self.cpu.space.get
@@ -467,9 +477,7 @@ class Files:
         get = self.cpu.space.get
         calls = tuple(get(ops, field) for field in (L.FOPS_OPEN, L.FOPS_READ, L.FOPS_WRITE, L.FOPS_RELEASE))
         text = name.decode("utf-8", "surrogateescape")
-        return self._token(
-            self.machine.kernfs.create_file(where, text, self._operations(calls, data), mode & 0o777)
-        )
+        return self._token(self.machine.kernfs.create_file(where, text, self._operations(calls, data), mode & 0o777))
 
     async def on_debugfs_create_value(
         self, thread: HostThread, name: bytes, mode: int, parent: int, addr: int, size: int, kind: str
@@ -490,7 +498,7 @@ class Files:
         async def store(data: bytes) -> int:
             from klpfs.kernel.kstrtox import kstrtobool, kstrtoll, kstrtoull
 
-            parse = {"bool": kstrtobool, "d": kstrtoll}.get(kind, kstrtoull)
+            parse: Callable[[bytes], int] = kstrtobool if kind == "bool" else kstrtoll if kind == "d" else kstrtoull
             space.store(addr, int(parse(data)), size)
             return len(data)
 

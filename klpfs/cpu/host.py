@@ -3,8 +3,8 @@
 Model
     :meth:`Cpu.call` starts an emulated thread and serves it until it returns: events are answered by
     :mod:`klpfs.cpu.events` in the trio task that made the call, sleeps are slept here on the machine's clock. So a call
-    behaves like a function that blocks. While code runs, a clock that jumps to the next deadline does not jump: emulated
-    code takes no emulated time, unless it spins.
+    behaves like a function that blocks. While code runs, a clock that jumps to the next deadline does not jump:
+    emulated code takes no emulated time, unless it spins.
 
     A task that runs module code has the call chains of its threads on its stack, as of their last kernel call that may
     block; while its code runs it is on a CPU.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import logging
 import os
 import time
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu import proto
 from klpfs.cpu.events import Events
 from klpfs.cpu.heap import HostHeap, PercpuArea
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from klpfs.kernel.sched import Task
     from klpfs.machine import Machine
 
-__all__ = ["Cpu", "HostThread", "attach", "available", "to_errno"]
+__all__ = ["Cpu", "HostThread", "to_errno"]
 
 log = logging.getLogger(__name__)
 
@@ -83,23 +82,6 @@ class HostThread:
         self.inbox.append(message)
         if self.arrived is not None:
             self.arrived.set()
-
-
-def available() -> bool:
-    """Whether the execution engine (unicorn) is installed."""
-    return importlib.util.find_spec("unicorn") is not None
-
-
-def attach(machine: Machine, limits: proto.Limits | None = None) -> Cpu | None:
-    """Give *machine* an engine, started in the background; None if there is none to be had (the reason is logged)."""
-    if not available():
-        return None
-    try:
-        machine.engine = cpu = Cpu(machine, limits)
-    except OSError as error:
-        log.warning("no module execution: %s", error)
-        return None
-    return cpu
 
 
 class Cpu:
@@ -236,7 +218,7 @@ class Cpu:
     def _slot(self, addr: int) -> str:
         return self.vmlinux.name_of(addr) or f"0x{addr:x}"
 
-    # -- the clock and the structures that code may read -----------------------------------------------------------------
+    # -- the clock and the structures that code may read --------------------------------------------------------------
 
     def _refresh(self) -> None:
         """What changes by itself: the time, the states of modules, the console's levels."""

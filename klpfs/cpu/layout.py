@@ -48,7 +48,7 @@ class Area(NamedTuple):
 
 _SIZES: Final = {
     # name: (base, size). Bases as the kernel's memory map has them.
-    "modules": (0xFFFFFFFFC0000000, 128 << 20),
+    "modules": (0xFFFFFFFFC0000000, 0x3F000000),
     "text": (0xFFFFFFFF81000000, 32 << 20),
     "data": (0xFFFFFFFF83800000, 4 << 20),
     "percpu": (0xFFFF88807DC00000, NR_CPUS * (256 << 10)),

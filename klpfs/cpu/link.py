@@ -30,8 +30,6 @@ class RelocationError(OSError):
         self.lines = lines
 
 
-
-
 def _values(
     name: str, relas: Iterable[Rela], base: int, size: int, symbol: Callable[[int], int]
 ) -> Iterable[tuple[int, int, int, int]]:
@@ -64,9 +62,7 @@ def _values(
         yield where, value & ((1 << 8 * width) - 1), width, rela.type
 
 
-def apply(
-    space: Space, name: str, relas: Iterable[Rela], base: int, size: int, symbol: Callable[[int], int]
-) -> None:
+def apply(space: Space, name: str, relas: Iterable[Rela], base: int, size: int, symbol: Callable[[int], int]) -> None:
     """Relocate the section of *size* bytes at *base*; *symbol* gives the value of a symbol by its number.
 
     Raises :class:`RelocationError`, also where something is written already.
@@ -82,9 +78,7 @@ def apply(
         space.store(where, value, width)
 
 
-def clear(
-    space: Space, name: str, relas: Iterable[Rela], base: int, size: int, symbol: Callable[[int], int]
-) -> None:
+def clear(space: Space, name: str, relas: Iterable[Rela], base: int, size: int, symbol: Callable[[int], int]) -> None:
     """Undo :func:`apply`. Raises :class:`RelocationError` where something else is written."""
     for where, value, width, kind in _values(name, relas, base, size, symbol):
         if space.load(where, width) != value:

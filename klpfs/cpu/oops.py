@@ -1,8 +1,8 @@
 """Crash reports as the kernel words them.
 
 Model
-    The sandbox says what happened and where (:class:`klpfs.cpu.proto.Report`); here the lines of the log are made of it,
-    with the names that the machine knows.
+    The sandbox says what happened and where (:class:`klpfs.cpu.proto.Report`); here the lines of the log are made of
+    it, with the names that the machine knows.
 
 Locks
     None.
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu.layout import AREAS, U64
 from klpfs.cpu.proto import Report, TaskInfo
 
@@ -30,9 +30,10 @@ KERN_ALERT, KERN_CRIT, KERN_WARNING, KERN_DEFAULT, KERN_EMERG = 1, 2, 4, -1, 0
 Line = tuple[int, str]
 
 _TAINT_NAMES = (
-    "PROPRIETARY_MODULE FORCED_MODULE CPU_OUT_OF_SPEC FORCED_RMMOD MACHINE_CHECK BAD_PAGE USER DIE OVERRIDDEN_ACPI_TABLE"
-    " WARN CRAP FIRMWARE_WORKAROUND OOT_MODULE UNSIGNED_MODULE SOFTLOCKUP LIVEPATCH AUX RANDSTRUCT TEST FWCTL"
-).split()
+    "PROPRIETARY_MODULE", "FORCED_MODULE", "CPU_OUT_OF_SPEC", "FORCED_RMMOD", "MACHINE_CHECK", "BAD_PAGE", "USER",
+    "DIE", "OVERRIDDEN_ACPI_TABLE", "WARN", "CRAP", "FIRMWARE_WORKAROUND", "OOT_MODULE", "UNSIGNED_MODULE",
+    "SOFTLOCKUP", "LIVEPATCH", "AUX", "RANDSTRUCT", "TEST", "FWCTL",
+)  # fmt: skip
 
 
 class ModuleOops(OSError):
@@ -70,13 +71,10 @@ def _tainted(ctx: OopsContext) -> str:
 
 def _stack_info(ctx: OopsContext) -> list[str]:
     task = ctx.task
-    lines = [
-        f"CPU: 0 UID: {task.uid} PID: {task.pid} Comm: {task.comm[:20]} {_tainted(ctx)} {ctx.release} {ctx.version}".rstrip()
-    ]
+    who = f"CPU: 0 UID: {task.uid} PID: {task.pid} Comm: {task.comm[:20]}"
+    lines = [f"{who} {_tainted(ctx)} {ctx.release} {ctx.version}".rstrip()]
     if ctx.tainted:
-        flags = [
-            f"[{letter}]={_TAINT_NAMES[bit]}" for bit, letter in enumerate(ctx.letters) if ctx.tainted >> bit & 1
-        ]
+        flags = [f"[{letter}]={_TAINT_NAMES[bit]}" for bit, letter in enumerate(ctx.letters) if ctx.tainted >> bit & 1]
         lines.append("Tainted: " + ", ".join(flags))
     return lines
 
@@ -168,8 +166,10 @@ def _head(report: Report, ctx: OopsContext) -> tuple[list[Line], str]:
             return [(KERN_EMERG, line), (KERN_DEFAULT, "Oops: stack guard page: 0000")], f"{where}: stack overflow"
         case "missing":
             name = text or ctx.function(addr)
-            line = f"{report.module}: {where} needs kernel function {name}" if not text.startswith("printk") else (
-                f"{report.module}: {where} needs {name}"
+            line = (
+                f"{report.module}: {where} needs kernel function {name}"
+                if not text.startswith("printk")
+                else (f"{report.module}: {where} needs {name}")
             )
             return [(KERN_ALERT, line), (KERN_DEFAULT, "Oops: unsupported kernel function: 0000")], line
         case "bug":

@@ -1,13 +1,13 @@
 """What the daemon and the sandbox say to each other.
 
 Model
-    A stream socket carries frames: four bytes of length (little-endian), then one msgpack array whose first element tags
-    the message. The daemon's messages are :data:`ToSandbox`, the sandbox's :data:`FromSandbox`. Each side handles them in
-    the order in which they were sent. Addresses and register values are unsigned 64-bit integers.
+    A stream socket carries frames: four bytes of length (little-endian), then one msgpack array whose first element
+    tags the message. The daemon's messages are :data:`ToSandbox`, the sandbox's :data:`FromSandbox`. Each side handles
+    them in the order in which they were sent. Addresses and register values are unsigned 64-bit integers.
 
     Emulated threads are numbered by the daemon (*tid*). A thread is *running* from ``Call``, ``Answer`` or ``Wake`` on,
-    until the sandbox says ``Event``, ``Block``, ``Done`` or ``Died`` for it; ``Unblock`` says that another thread made it
-    run again. When no thread is running, the sandbox is idle.
+    until the sandbox says ``Event``, ``Block``, ``Done`` or ``Died`` for it; ``Unblock`` says that another thread made
+    it run again. When no thread is running, the sandbox is idle.
 
 Locks
     None.

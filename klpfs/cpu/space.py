@@ -28,7 +28,7 @@ _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1, 2, 4
 _INT = {1: struct.Struct("<B"), 2: struct.Struct("<H"), 4: struct.Struct("<I"), 8: struct.Struct("<Q")}
 
 
-class BadAddress(Exception):  # noqa: N818 - it is an address, and it is bad
+class BadAddress(Exception):
     """An address outside the emulated memory. *addr* is the first bad byte; *write* says what was tried."""
 
     def __init__(self, addr: int, *, write: bool = False) -> None:

@@ -1,9 +1,9 @@
 """The kernel image that modules link against: where its functions and variables stand, and what is in them.
 
 Model
-    A function stands at the address that the machine's symbol table gives it, so that stack traces and ``%pS`` agree with
-    /proc/kallsyms; if there is none, or it is taken, in a slot of its own. It is made known to the sandbox when something
-    first refers to it. Variables get addresses in the data area; per-CPU ones are offsets.
+    A function stands at the address that the machine's symbol table gives it, so that stack traces and ``%pS`` agree
+    with /proc/kallsyms; if there is none, or it is taken, in a slot of its own. It is made known to the sandbox when
+    something first refers to it. Variables get addresses in the data area; per-CPU ones are offsets.
 
 Locks
     Trio thread only.
@@ -18,8 +18,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
-from klpfs.cpu.api import API, DATA, NATIVE
+from klpfs.cpu import layout as L
+from klpfs.cpu.api import API, DATA, INTEGER_PARAMS, NATIVE
 from klpfs.cpu.layout import AREAS
 from klpfs.cpu.space import Space
 
@@ -41,10 +41,7 @@ _PARAM_OPS = {
     "bint": ("param_set_bint", "param_get_int", "", 1),
     "charp": ("param_set_charp", "param_get_charp", "param_free_charp", 0),
     "string": ("param_set_copystring", "param_get_string", "", 0),
-    **{
-        kind: (f"param_set_{kind}", f"param_get_{kind}", "", 0)
-        for kind in "byte short ushort int uint long ulong ullong hexint".split()
-    },
+    **{kind: (f"param_set_{kind}", f"param_get_{kind}", "", 0) for kind in INTEGER_PARAMS},
 }
 
 
@@ -105,7 +102,9 @@ class Vmlinux:
         text = AREAS["text"]
         for symbol in self._table.lookup(name):
             room = len(NATIVE.get(name, b"\xf4"))
-            if text.base <= symbol.address < L.TEXT_SLOTS - 16 and all(symbol.address + i not in self.functions for i in range(room)):
+            if text.base <= symbol.address < L.TEXT_SLOTS - 16 and all(
+                symbol.address + i not in self.functions for i in range(room)
+            ):
                 addr = symbol.address
                 break
         if not addr:
@@ -116,7 +115,7 @@ class Vmlinux:
         return addr
 
     def unsupported(self, name: str) -> int:
-        """An address for a function that the kernel has, but neither the symbol table nor the sandbox: a call faults."""
+        """An address for a function of the kernel that neither symbol table nor sandbox have: a call of it faults."""
         if name not in self._addresses:
             addr, self._next_slot = self._next_slot, self._next_slot + L.TEXT_SLOT_SIZE
             self._addresses[name] = addr
@@ -211,8 +210,8 @@ class Vmlinux:
         for kind, (setter, getter, release, flags) in _PARAM_OPS.items():
             pointers = (self.function(setter), self.function(getter), self.function(release) if release else 0)
             self._put(f"param_ops_{kind}", struct.pack("<IIQQQ", flags, 0, *pointers))
-        pointers = tuple(self.function(f"param_array_{what}") for what in ("set", "get", "free"))
-        self._put("param_array_ops", struct.pack("<IIQQQ", 0, 0, *pointers))
+        array = [self.function(f"param_array_{what}") for what in ("set", "get", "free")]
+        self._put("param_array_ops", struct.pack("<IIQQQ", 0, 0, *array))
         self.function("autoremove_wake_function")
 
     @property

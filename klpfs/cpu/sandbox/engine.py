@@ -2,13 +2,13 @@
 
 Model
     Code runs in ring 3 with flat segments. So every privileged instruction, HLT included, raises #GP, which stops the
-    engine; the address tells a trap of ours from a crime of the module's. Page tables are not used: the engine's TLB takes
-    virtual addresses as they are (``UC_TLB_VIRTUAL``; kernel addresses do not work otherwise), and protections are those
-    of the mapped regions. The GDT is there only while ring 3 is entered. ``rdtsc`` faults (CR4.TSD); RDRAND, XGETBV and
-    the FS/GS base instructions do not exist on the chosen processor.
+    engine; the address tells a trap of ours from a crime of the module's. Page tables are not used: the engine's TLB
+    takes virtual addresses as they are (``UC_TLB_VIRTUAL``; kernel addresses do not work otherwise), and protections
+    are those of the mapped regions. The GDT is there only while ring 3 is entered. ``rdtsc`` faults (CR4.TSD); RDRAND,
+    XGETBV and the FS/GS base instructions do not exist on the chosen processor.
 
-    Instructions are counted from the first run on: only code that was translated while a limit was given is counted. The
-    engine's own time-out is not used; it starts a thread for every run.
+    Instructions are counted from the first run on: only code that was translated while a limit was given is counted.
+    The engine's own time-out is not used; it starts a thread for every run.
 
 Locks
     None.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import struct
 from typing import Any, NamedTuple
 
-import unicorn
+import unicorn as _unicorn
 from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
 
@@ -30,6 +30,9 @@ from klpfs.cpu.layout import AREAS, PAGE_SIZE, PROT_EXEC, PROT_READ, PROT_WRITE
 from klpfs.cpu.space import Space
 
 __all__ = ["REGISTERS", "Engine", "Stop"]
+
+unicorn: Any = _unicorn
+"""Its annotations are those of Python 2's binding, and wrong."""
 
 REGISTERS = (
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",

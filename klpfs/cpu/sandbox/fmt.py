@@ -1,8 +1,9 @@
 """printk's format strings, over emulated memory.
 
 Model
-    :func:`vformat` takes a format and a source of arguments and gives the whole text; callers cut it. Extensions of ``%p``
-    read what the pointer points to. A pointer is printed as a hash, as the kernel does unless ``no_hash_pointers``.
+    :func:`vformat` takes a format and a source of arguments and gives the whole text; callers cut it. Extensions of
+    ``%p`` read what the pointer points to. A pointer is printed as a hash, as the kernel does unless
+    ``no_hash_pointers``.
 
 Source
     lib/vsprintf.c (``vsnprintf``, ``format_decode``, ``number``, ``string``, ``pointer`` and its helpers),
@@ -26,7 +27,7 @@ _MAX_ERRNO = 4095
 _MAX_OUTPUT = 1 << 20
 
 
-class UnknownFormat(Exception):  # noqa: N818 - says what it is
+class UnknownFormat(Exception):
     """A conversion that is not emulated; *args[0]* names it."""
 
 
@@ -216,7 +217,9 @@ def _hashed_pointer(env: FormatEnv, spec: _Spec, value: int) -> bytes:
 
 def _hex_string(env: FormatEnv, spec: _Spec, value: int, separator: str) -> bytes:
     count = min(max(spec.width, 1), 64)
-    return env.mem.read(value, count).hex(separator).encode() if separator else env.mem.read(value, count).hex().encode()
+    return (
+        env.mem.read(value, count).hex(separator).encode() if separator else env.mem.read(value, count).hex().encode()
+    )
 
 
 def _mac(env: FormatEnv, spec: _Spec, value: int, suffix: str) -> bytes:
@@ -276,7 +279,16 @@ def _bitmap(env: FormatEnv, spec: _Spec, value: int, as_list: bool) -> bytes:
     return ",".join(ranges).encode()
 
 
-_ESCAPES = {0x07: b"\\a", 0x08: b"\\b", 0x09: b"\\t", 0x0A: b"\\n", 0x0B: b"\\v", 0x0C: b"\\f", 0x0D: b"\\r", 0x1B: b"\\e"}
+_ESCAPES = {
+    0x07: b"\\a",
+    0x08: b"\\b",
+    0x09: b"\\t",
+    0x0A: b"\\n",
+    0x0B: b"\\v",
+    0x0C: b"\\f",
+    0x0D: b"\\r",
+    0x1B: b"\\e",
+}
 _ESCAPES |= {0x22: b'\\"', 0x5C: b"\\\\"}
 
 
@@ -304,8 +316,8 @@ def _pointer(env: FormatEnv, spec: _Spec, value: int) -> bytes:
     if kind == "e":
         if _is_err(value):
             code = U64 + 1 - value
-            name = errno.errorcode.get(code)
-            return _string(spec, f"-{name}".encode()) if name else _number(spec, -code, 10, signed=True)
+            symbolic = errno.errorcode.get(code)
+            return _string(spec, f"-{symbolic}".encode()) if symbolic else _number(spec, -code, 10, signed=True)
         return _hashed_pointer(env, spec, value)
     if kind not in tuple("VMmIiUhbEGag"):
         # an alphanumeric that is no extension is eaten, and the pointer hashed
@@ -317,7 +329,9 @@ def _pointer(env: FormatEnv, spec: _Spec, value: int) -> bytes:
         return _string(_Spec(left=spec.left, width=spec.width), bad)
     match kind:
         case "V":
-            return vformat(env, env.mem.cstring(env.mem.load(value), PAGE_SIZE), VaList(env.mem, env.mem.load(value + 8)))
+            return vformat(
+                env, env.mem.cstring(env.mem.load(value), PAGE_SIZE), VaList(env.mem, env.mem.load(value + 8))
+            )
         case "M" | "m":
             return _mac(env, spec, value, suffix)
         case "I" | "i":

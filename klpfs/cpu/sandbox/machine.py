@@ -1,9 +1,9 @@
 """The emulated machine: threads, traps, modules, tasks.
 
 Model
-    One thread runs at a time, until it waits, ends or has used up its quantum. A kernel function is a HLT at its address,
-    which stops the engine; its stub runs here, between two runs of the engine, and the thread goes on at the return
-    address. Threads that wait keep their registers in a context of the engine.
+    One thread runs at a time, until it waits, ends or has used up its quantum. A kernel function is a trap at its
+    address, which stops the engine; its stub runs here, between two runs of the engine, and the thread goes on at the
+    return address. Threads that wait keep their registers in a context of the engine.
 
 Locks
     None.
@@ -14,17 +14,16 @@ Source
 
 from __future__ import annotations
 
-import inspect
 import random
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu import proto
 from klpfs.cpu.api import API, NATIVE, Api, Kind
 from klpfs.cpu.layout import AREAS, PAGE_SIZE, PROT_EXEC, PROT_READ, PROT_WRITE, U64
@@ -53,8 +52,8 @@ __all__ = ["Machine", "Module"]
 _HLT = 0xF4
 """What fills the pages of vmlinux where no stub stands: #GP."""
 _TRAP = b"\xcd\x80"
-"""What stands for a kernel function: a software interrupt, which unlike HLT leaves no exception behind that the next one
-would turn into a double fault."""
+"""What stands for a kernel function: a software interrupt. Unlike HLT it leaves no exception behind that would turn
+the next one into a double fault."""
 _TRAP_VECTOR = 0x80
 _EXIT = AREAS["text"].end - 16
 """Return address of a thread's first frame."""
@@ -524,7 +523,7 @@ class Machine:
             raise Crash("budget", f"{self.limits.kernel_calls} kernel calls without a pause")
         rsp = self.engine.get(RSP)
         result = HANDLERS[api.stub](self, thread, *self._arguments(api, rsp))
-        if inspect.isgenerator(result):
+        if isinstance(result, Generator):
             thread.frames.append(StubFrame(api, addr, result, rsp))
             return self._advance(thread, None)
         self._return(thread, int(result) if result is not None else 0, rsp)
@@ -822,7 +821,14 @@ class Machine:
         reliable = True
         while True:
             chain, sure, end, bp = unwind(
-                self.mem, self._orc, self._is_return_address, rip, {"sp": sp, "bp": bp}, thread.stack, _ENDS, exact=exact
+                self.mem,
+                self._orc,
+                self._is_return_address,
+                rip,
+                {"sp": sp, "bp": bp},
+                thread.stack,
+                _ENDS,
+                exact=exact,
             )
             found += chain
             reliable = reliable and sure
@@ -877,7 +883,7 @@ class Machine:
                     _ENDS,
                     exact=False,
                 )
-                trace = [tuple(frame) for frame in chain]
+                trace = [(frame.addr, frame.reliable) for frame in chain]
             else:
                 trace = self._trace(thread, rip)[0][1:]
         except PageFault:

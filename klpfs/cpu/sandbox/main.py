@@ -1,8 +1,9 @@
 """The sandbox's main loop.
 
 Model
-    Started by the daemon with two descriptors: the socket and the memory file. Imports everything, takes its limits, and
-    then serves messages until the socket is closed. Between two messages it runs emulated threads, a slice at a time.
+    Started by the daemon with two descriptors: the socket and the memory file. Imports everything, takes its limits,
+    and then serves messages until the socket is closed. Between two messages it runs emulated threads, a slice at a
+    time.
 
 Locks
     None.
@@ -97,8 +98,6 @@ def main(socket_fd: int, memory_fd: int) -> None:
 
 def _warm_up() -> None:
     """Load what is imported at first use, while files can still be opened."""
-    import encodings.ascii
-    import encodings.latin_1
     import ipaddress  # noqa: F401
     import linecache  # noqa: F401
     import traceback  # noqa: F401

@@ -26,7 +26,7 @@ __all__ = ["Heap", "Memory", "PageFault"]
 _INT = {1: struct.Struct("<B"), 2: struct.Struct("<H"), 4: struct.Struct("<I"), 8: struct.Struct("<Q")}
 
 
-class PageFault(Exception):  # noqa: N818 - as the kernel calls it
+class PageFault(Exception):
     """An access that the page tables forbid. *addr* is the first bad byte."""
 
     def __init__(self, addr: int, *, write: bool) -> None:
@@ -118,7 +118,7 @@ class _Object:
 
 @dataclass
 class Heap:
-    """``kmalloc``. *grow* maps a new stretch of the heap area; *limit* is the most that one owner may hold, in bytes."""
+    """``kmalloc``. *grow* maps a new stretch of the heap area; *limit* is the most that one owner may hold."""
 
     memory: Memory
     grow: Callable[[int, int], None]
@@ -146,7 +146,8 @@ class Heap:
         if size > AREAS["heap"].size:
             return 0
         room = self._room(size)
-        if self.used.get(owner, 0) + room > self.limit:
+        # without an owner: the kernel's own, which half of the area is kept for
+        if self.used.get(owner, 0) + room > (self.limit if owner else AREAS["heap"].size // 2):
             return 0
         stack = self._free.get(room)
         if stack:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu.sandbox.fmt import Args, vformat
 from klpfs.cpu.sandbox.machine import Machine
 from klpfs.cpu.sandbox.memory import PageFault
@@ -23,9 +23,14 @@ from klpfs.cpu.sandbox.thread import HANDLERS, Ask, Crash, Invoke, Thread, signe
 from klpfs.cpu.sandbox.waiting import Steps
 
 _MAX_ROWS = 4096
+_FORTIFIED = (
+    "strncpy", "strnlen", "strlen", "strscpy", "strlcat", "strcat", "strncat", "memset", "memcpy", "memmove", "memscan",
+    "memcmp", "memchr", "memchr_inv", "kmemdup", "strcpy",
+)  # fmt: skip
+"""``enum fortify_func`` (include/linux/fortify-string.h)."""
 
 
-# -- the log --------------------------------------------------------------------------------------------------------------
+# -- the log ----------------------------------------------------------------------------------------------------------
 
 
 @stub("_printk", "_printk_deferred", "vprintk")
@@ -98,11 +103,7 @@ def _fortify_panic(m: Machine, t: Thread) -> None:
 
 @stub("__fortify_report")
 def _fortify_report(m: Machine, t: Thread, reason: int, available: int, size: int) -> None:
-    names = (
-        "strnlen strlen strcpy strncpy strlcpy? strscpy strlcat strcat strncat memset memcpy memmove memscan memcmp"
-        " memchr memchr_inv kmemdup strcpy"
-    ).split()
-    name = names[reason >> 1] if reason >> 1 < len(names) else "unknown"
+    name = _FORTIFIED[reason >> 1] if reason >> 1 < len(_FORTIFIED) else "unknown"
     m.warn(
         t,
         "lib/string_helpers.c:1032",
@@ -121,7 +122,7 @@ def _add_taint(m: Machine, t: Thread, flag: int, lockdep_ok: int) -> Steps:
     return None
 
 
-# -- livepatch --------------------------------------------------------------------------------------------------------------
+# -- livepatch --------------------------------------------------------------------------------------------------------
 
 
 def _string(m: Machine, addr: int) -> bytes | None:
@@ -279,7 +280,7 @@ def _proc_create_seq(
     return int(answer)
 
 
-# -- work -------------------------------------------------------------------------------------------------------------------
+# -- work -------------------------------------------------------------------------------------------------------------
 
 
 def _work_func(m: Machine, work: int) -> int:
@@ -353,7 +354,7 @@ def _drain_workqueue(m: Machine, t: Thread, wq: int) -> Steps:
     return None
 
 
-# -- timers: struct timer_list is pending when its entry is hashed (pprev set) ------------------------------------------------
+# -- timers: struct timer_list is pending when its entry is hashed (pprev set) ----------------------------------------
 
 
 @stub("init_timer_key")
@@ -491,7 +492,7 @@ def _call_srcu(m: Machine, t: Thread, srcu: int, head: int, function: int) -> St
     return _call_rcu(m, t, head, function)  # type: ignore[return-value]
 
 
-# -- kernel threads ------------------------------------------------------------------------------------------------------------
+# -- kernel threads ---------------------------------------------------------------------------------------------------
 
 
 @stub("kthread_create_on_node")
@@ -561,7 +562,7 @@ def _send_sig(m: Machine, t: Thread, sig: int, addr: int, private: int) -> Steps
     return int(answer)
 
 
-# -- tasks -----------------------------------------------------------------------------------------------------------------------
+# -- tasks ------------------------------------------------------------------------------------------------------------
 
 
 @stub("__task_pid_nr_ns")
@@ -628,7 +629,7 @@ def _on_each_cpu(m: Machine, t: Thread, condition: int, function: int, info: int
     return None
 
 
-# -- static keys -----------------------------------------------------------------------------------------------------------------
+# -- static keys ------------------------------------------------------------------------------------------------------
 
 
 def _set_key(m: Machine, key: int, enabled: int) -> None:
@@ -658,7 +659,7 @@ def _static_key_count(m: Machine, t: Thread, key: int) -> int:
     return signed(m.mem.load(key, 4), 32)
 
 
-# -- kobjects and sysfs ------------------------------------------------------------------------------------------------------------
+# -- kobjects and sysfs -----------------------------------------------------------------------------------------------
 
 
 @stub("kobject_init")
@@ -694,7 +695,7 @@ def attribute(m: Machine, attr: int) -> list[Any]:
 
 
 def _attributes(m: Machine, array: int) -> list[Any]:
-    found = []
+    found: list[Any] = []
     while item := m.mem.load(array + 8 * len(found)):
         found.append(attribute(m, item))
         if len(found) > _MAX_ROWS:
@@ -709,7 +710,7 @@ def _group(m: Machine, group: int) -> list[Any]:
 
 
 def _groups(m: Machine, array: int) -> list[Any]:
-    found = []
+    found: list[Any] = []
     while group := m.mem.load(array + 8 * len(found)):
         found.append(_group(m, group))
         if len(found) > _MAX_ROWS:

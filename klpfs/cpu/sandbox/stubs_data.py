@@ -28,7 +28,7 @@ ENOENT, ENOSPC, EEXIST = 2, 28, 17
 _MAX_ITEMS = 1 << 20
 
 
-# -- lists --------------------------------------------------------------------------------------------------------------
+# -- lists ------------------------------------------------------------------------------------------------------------
 
 
 def _corrupt(m: Machine, t: Thread, text: str) -> None:
@@ -48,7 +48,8 @@ def _list_add_valid(m: Machine, t: Thread, new: int, prev: int, following: int) 
         _corrupt(
             m,
             t,
-            f"list_add corruption. next->prev should be prev ({prev:016x}), but was {back:016x}. (next={following:016x}).",
+            f"list_add corruption. next->prev should be prev ({prev:016x}), but was {back:016x}. "
+            f"(next={following:016x}).",
         )
     forward = m.mem.load(prev)
     if forward != following:
@@ -176,7 +177,7 @@ def _bsearch(m: Machine, t: Thread, key: int, base: int, count: int, size: int, 
     return 0
 
 
-# -- red-black trees: struct rb_node is __rb_parent_color, rb_right, rb_left; the root points to the top node -------------
+# -- red-black trees: struct rb_node is __rb_parent_color, rb_right, rb_left; the root points to the top node ---------
 
 
 class _Tree:
@@ -362,7 +363,7 @@ def _rb_replace(m: Machine, t: Thread, old: int, new: int, root: int) -> None:
     tree.replace(old, new, parent)
 
 
-# -- numbers to pointers ------------------------------------------------------------------------------------------------
+# -- numbers to pointers ----------------------------------------------------------------------------------------------
 
 
 def _entries(m: Machine, addr: int) -> dict[int, int]:
@@ -500,7 +501,7 @@ def _xa_find_after(m: Machine, t: Thread, xa: int, where: int, limit: int, marks
     return _xa_search(m, xa, where, limit, True)
 
 
-# -- bits and numbers ---------------------------------------------------------------------------------------------------
+# -- bits and numbers -------------------------------------------------------------------------------------------------
 
 
 def _bits(m: Machine, addr: int, count: int) -> int:
@@ -565,7 +566,7 @@ def _crc32_le(m: Machine, t: Thread, seed: int, data: int, size: int) -> int:
     return zlib.crc32(m.mem.read(data, size), seed ^ U32) ^ U32
 
 
-# -- notifier chains: the head's layout differs by kind, the blocks are linked by priority -------------------------------
+# -- notifier chains: the head's layout differs by kind, the blocks are linked by priority ----------------------------
 
 _HEAD = {"atomic": 8, "raw": 0, "blocking": 40}
 NOTIFY_DONE, NOTIFY_STOP_MASK = 0, 0x8000

@@ -7,7 +7,7 @@ Source
 
 from __future__ import annotations
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu.sandbox.machine import Machine
 from klpfs.cpu.sandbox.memory import PageFault
 from klpfs.cpu.sandbox.thread import Crash, Thread, signed, stub
@@ -179,7 +179,7 @@ def _free_pages(m: Machine, t: Thread, addr: int, order: int) -> None:
     free(m, addr)
 
 
-# -- caches: struct kmem_cache is opaque; its object size and constructor are kept on our side --------------------------
+# -- caches: struct kmem_cache is opaque; its object size and constructor are kept on our side ------------------------
 
 
 @stub("__kmem_cache_create_args")
@@ -241,7 +241,7 @@ def _kmem_cache_shrink(m: Machine, t: Thread, cache: int) -> int:
     return 0
 
 
-# -- per-CPU memory: offsets from the first CPU's area, behind that of the modules ---------------------------------------
+# -- per-CPU memory: offsets from the first CPU's area, behind that of the modules ------------------------------------
 
 
 @stub("pcpu_alloc_noprof")
@@ -268,7 +268,7 @@ def _free_percpu(m: Machine, t: Thread, addr: int) -> None:
         raise Crash("bug", "mm/percpu.c:2300")
 
 
-# -- bytes --------------------------------------------------------------------------------------------------------------
+# -- bytes ------------------------------------------------------------------------------------------------------------
 
 
 @stub("memcpy", "__memcpy", "memmove", "__memmove")
@@ -555,7 +555,7 @@ def _bin2hex(m: Machine, t: Thread, dst: int, src: int, count: int) -> int:
     return dst + 2 * count
 
 
-# -- user and unsure memory ---------------------------------------------------------------------------------------------
+# -- user and unsure memory -------------------------------------------------------------------------------------------
 
 
 def copy(m: Machine, dst: int, src: int, size: int) -> int:

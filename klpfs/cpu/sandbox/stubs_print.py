@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu.sandbox.fmt import Args, vscan
 from klpfs.cpu.sandbox.machine import Machine
 from klpfs.cpu.sandbox.stubs_mem import EINVAL, ENOMEM, alloc, duplicate, free
@@ -20,7 +20,7 @@ from klpfs.kernel import kstrtox
 Steps = Generator[Any, Any, int | None]
 
 
-# -- into buffers -------------------------------------------------------------------------------------------------------
+# -- into buffers -----------------------------------------------------------------------------------------------------
 
 
 def _put(m: Machine, buf: int, size: int, text: bytes) -> None:
@@ -117,7 +117,7 @@ def _sprint_symbol_no_offset(m: Machine, t: Thread, buf: int, addr: int) -> int:
     return _sprintf(m, t, buf, m.symbol_text(addr, False, False).encode())  # type: ignore[return-value]
 
 
-# -- seq_file: the buffer is the daemon's, or of seq_read() below ---------------------------------------------------------
+# -- seq_file: the buffer is the daemon's, or of seq_read() below -----------------------------------------------------
 
 
 def seq_add(m: Machine, seq: int, text: bytes) -> int:
@@ -362,7 +362,7 @@ def _simple_write(m: Machine, t: Thread, to: int, room: int, where: int, data: i
     return count
 
 
-# -- numbers ------------------------------------------------------------------------------------------------------------
+# -- numbers ----------------------------------------------------------------------------------------------------------
 
 _KSTRTO: dict[str, tuple[Callable[[bytes, int], int], int]] = {
     "kstrtoull": (kstrtox.kstrtoull, 8),
@@ -470,7 +470,7 @@ def _memparse(m: Machine, t: Thread, text: int, end: int) -> int:
     return value
 
 
-# -- parameters ---------------------------------------------------------------------------------------------------------
+# -- parameters -------------------------------------------------------------------------------------------------------
 
 _INTEGERS: dict[str, tuple[str, str, int, bool]] = {
     # kernel type: kstrto kind, format, size, signed

@@ -1,9 +1,9 @@
 """Kernel functions that lock: mutexes, semaphores, spinlocks, reference counts, RCU.
 
 Model
-    The state of a lock is where inlined code looks for it, in emulated memory; who holds it is kept here, so that a thread
-    that would wait for itself, or for a circle of others, is reported instead of hanging. A thread that waits is asleep
-    for the daemon, too.
+    The state of a lock is where inlined code looks for it, in emulated memory; who holds it is kept here, so that a
+    thread that would wait for itself, or for a circle of others, is reported instead of hanging. A thread that waits is
+    asleep for the daemon, too.
 
 Source
     kernel/locking/{mutex,rwsem,semaphore,spinlock}.c, kernel/rcu, lib/refcount.c, lib/dec_and_lock.c.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu.sandbox.machine import Machine
 from klpfs.cpu.sandbox.thread import Crash, Spin, Thread, Woken, stub
 from klpfs.cpu.sandbox.waiting import EINTR, ETIME, Steps, sleep_for, ticks_to_ns, wait_on, wake_all, wake_first
@@ -22,7 +22,7 @@ _READER, _WRITER = 0x100, 1
 _QRW_WRITER, _QRW_READER = 0xFF, 0x200
 
 
-# -- sleeping on an address ---------------------------------------------------------------------------------------------
+# -- sleeping on an address -------------------------------------------------------------------------------------------
 
 
 def _no_deadlock(m: Machine, t: Thread, lock: int) -> None:
@@ -36,7 +36,7 @@ def _no_deadlock(m: Machine, t: Thread, lock: int) -> None:
         holder = m.holders.get(holder.waits_for) if holder.waits_for is not None else None
 
 
-# -- mutexes ------------------------------------------------------------------------------------------------------------
+# -- mutexes ----------------------------------------------------------------------------------------------------------
 
 
 @stub("__mutex_init")
@@ -105,7 +105,7 @@ def _dec_and_mutex_lock(m: Machine, t: Thread, counter: int, lock: int) -> Steps
     return 0
 
 
-# -- read-write semaphores and semaphores ---------------------------------------------------------------------------------
+# -- read-write semaphores and semaphores -----------------------------------------------------------------------------
 
 
 @stub("__init_rwsem")
@@ -228,7 +228,7 @@ def _up(m: Machine, t: Thread, sem: int) -> None:
     wake_first(m, sem)
 
 
-# -- spinning locks: the locked byte of a qspinlock, the counts of a qrwlock ----------------------------------------------
+# -- spinning locks: the locked byte of a qspinlock, the counts of a qrwlock ------------------------------------------
 
 
 def _spin_try(m: Machine, t: Thread, lock: int) -> bool:
@@ -314,7 +314,7 @@ def _dec_and_lock(m: Machine, t: Thread, counter: int, lock: int) -> Steps:
     return 0
 
 
-# -- reference counts -----------------------------------------------------------------------------------------------------
+# -- reference counts -------------------------------------------------------------------------------------------------
 
 _REFCOUNT = (
     (19, "saturated; leaking memory."),
@@ -350,7 +350,7 @@ def _refcount_dec_not_one(m: Machine, t: Thread, counter: int) -> bool:
     return True
 
 
-# -- RCU ------------------------------------------------------------------------------------------------------------------
+# -- RCU --------------------------------------------------------------------------------------------------------------
 
 
 @stub("__rcu_read_lock", "__rcu_read_unlock")

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu.layout import U32, U64, Field
 from klpfs.cpu.sandbox.machine import Machine
 from klpfs.cpu.sandbox.thread import HANDLERS, Ask, Crash, Invoke, Sleep, Thread, Woken, signed, stub
 from klpfs.cpu.sandbox.waiting import ERESTARTSYS, Steps, sleep_for, ticks_to_ns, wait_on, wake_all, wake_first
 
-# -- time -----------------------------------------------------------------------------------------------------------------
+# -- time -------------------------------------------------------------------------------------------------------------
 
 
 @stub("msleep")
@@ -177,7 +177,7 @@ def _round_jiffies_relative(m: Machine, t: Thread, ticks: int) -> int:
     return _round(m, ticks + m.jiffies()) - m.jiffies()
 
 
-# -- schedule() and wait queues -------------------------------------------------------------------------------------------
+# -- schedule() and wait queues ---------------------------------------------------------------------------------------
 
 
 def _letter(state: int) -> str:
@@ -433,7 +433,7 @@ def _wake_up_state(m: Machine, t: Thread, addr: int, state: int) -> int | Steps:
     return _wake_up_process(m, t, addr)  # type: ignore[return-value]
 
 
-# -- completions ----------------------------------------------------------------------------------------------------------
+# -- completions ------------------------------------------------------------------------------------------------------
 
 
 def _wait_for(m: Machine, t: Thread, addr: int, state: str, jiffies: int) -> Generator[Any, Any, int]:
@@ -502,7 +502,7 @@ def _complete_all(m: Machine, t: Thread, addr: int) -> None:
     wake_all(m, addr)
 
 
-# -- rate limits ------------------------------------------------------------------------------------------------------------
+# -- rate limits ------------------------------------------------------------------------------------------------------
 
 
 def _rate_limit(m: Machine, t: Thread, rs: int, name: bytes) -> int:

@@ -1,8 +1,8 @@
 """Emulated threads, and what their stubs may ask of the machine.
 
 Model
-    A stub is a function of the machine, the thread and its arguments. One that can finish at once returns its result; one
-    that cannot is a generator: what it yields is done, and it is resumed with the outcome.
+    A stub is a function of the machine, the thread and its arguments. One that can finish at once returns its result;
+    one that cannot is a generator: what it yields is done, and it is resumed with the outcome.
 
     - ``Invoke(addr, args)``: call module code; the outcome is its result.
     - ``Ask(name, args)``: let the daemon do it; the outcome is its answer.
@@ -25,7 +25,6 @@ from klpfs.cpu.layout import U64
 if TYPE_CHECKING:
     from klpfs.cpu.api import Api
     from klpfs.cpu.proto import TaskInfo
-    from klpfs.cpu.sandbox.machine import Machine
 
 __all__ = ["HANDLERS", "Ask", "Crash", "Invoke", "Sleep", "Spin", "Stub", "StubFrame", "Thread", "Woken", "stub"]
 
@@ -69,7 +68,7 @@ class Spin:
 
 Request = Invoke | Ask | Sleep | Spin
 Steps = Generator[Request, Any, int | None]
-Stub = Callable[..., "int | bool | None | Steps"]
+Stub = Callable[..., "int | bool | Steps | None"]
 
 HANDLERS: dict[str, Stub] = {}
 """The stub of each kernel function."""
@@ -88,7 +87,7 @@ def stub(*names: str) -> Callable[[Stub], Stub]:
     return register
 
 
-class Crash(Exception):  # noqa: N818 - not an error of this program
+class Crash(Exception):
     """The running thread is to die with a report. *kind* and *text* as in :class:`klpfs.cpu.proto.Report`."""
 
     def __init__(self, kind: str, text: str = "", addr: int = 0) -> None:
@@ -194,5 +193,3 @@ class WaitQueues:
         """*thread* died."""
         for key in list(self._queues):
             self.remove(key, thread)
-
-

@@ -135,9 +135,7 @@ def unwind(
     return frames, True, ip, state["bp"]
 
 
-def _scan(
-    mem: Memory, is_return_address: Callable[[int], bool], sp: int, stack: tuple[int, int]
-) -> list[Frame]:
+def _scan(mem: Memory, is_return_address: Callable[[int], bool], sp: int, stack: tuple[int, int]) -> list[Frame]:
     """Whatever on the rest of the stack looks like a return address (``show_trace_log_lvl`` marks these with ``?``)."""
     low = max(sp & ~7, stack[0])
     if not low < stack[1]:

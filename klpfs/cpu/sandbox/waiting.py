@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from klpfs.cpu import layout as L  # noqa: N812 - a page of constants
+from klpfs.cpu import layout as L
 from klpfs.cpu.sandbox.machine import Machine
 from klpfs.cpu.sandbox.thread import Sleep, Thread, Woken
 
