@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import logging
 import os
 import time
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from klpfs.kernel.sched import Task
     from klpfs.machine import Machine
 
-__all__ = ["Cpu", "HostThread", "attach", "available", "to_errno"]
+__all__ = ["Cpu", "HostThread", "to_errno"]
 
 log = logging.getLogger(__name__)
 
@@ -83,23 +82,6 @@ class HostThread:
         self.inbox.append(message)
         if self.arrived is not None:
             self.arrived.set()
-
-
-def available() -> bool:
-    """Whether the execution engine (unicorn) is installed."""
-    return importlib.util.find_spec("unicorn") is not None
-
-
-def attach(machine: Machine, limits: proto.Limits | None = None) -> Cpu | None:
-    """Give *machine* an engine, started in the background; None if there is none to be had (the reason is logged)."""
-    if not available():
-        return None
-    try:
-        machine.engine = cpu = Cpu(machine, limits)
-    except OSError as error:
-        log.warning("no module execution: %s", error)
-        return None
-    return cpu
 
 
 class Cpu:

@@ -55,8 +55,8 @@ class Task:
 
     ``state`` is the letter that ``ps`` shows; ``stack`` holds return addresses, innermost first; ``on_cpu`` means
     that it runs now (``task_curr``); ``in_user`` that it runs in user space; ``reliable`` that its stack trace can be
-    trusted; ``wake_leaves`` that a wake-up makes it leave what it sleeps in instead of going back to sleep; ``real``
-    that it mirrors a process of the host.
+    trusted; ``wake_leaves`` that a wake-up makes it leave what it sleeps in instead of going back to sleep;
+    ``fatal_signal`` that it ends as soon as it gets to see its signals; ``real`` that it mirrors a process of the host.
     """
 
     pid: int
@@ -76,6 +76,7 @@ class Task:
     patch_state: int = KLP_TRANSITION_IDLE
     patch_pending: bool = False
     notify_signal: bool = False
+    fatal_signal: bool = False
     alive: bool = True
     cmdline: str = ""
     on_wake: Callable[[Task], None] | None = None
@@ -278,13 +279,15 @@ class Sched:
             if task.state in "SD":
                 task.state = "S"
             self.update_patch_state(task)
+            if task.fatal_signal:
+                self.exit(task)
 
     def signal(self, task: Task, sig: int) -> None:
         """Deliver signal *sig* to *task* as ``kill(2)`` would.
 
-        Kernel threads ignore signals. 0 only checks. SIGSTOP and its kin stop, SIGCONT goes on, SIGKILL ends all but
-        uninterruptible sleepers (which end when they wake); others end an interruptible sleep and, having no handler,
-        the task.
+        Kernel threads ignore signals. 0 only checks. SIGSTOP and its kin stop, SIGCONT goes on. There are no handlers:
+        all others end the task, an uninterruptible sleeper and one that runs in the kernel when they leave it, a
+        stopped one when it goes on, unless it is SIGKILL.
         """
         if sig == 0 or task.kthread:
             return
@@ -301,7 +304,7 @@ class Sched:
             if task.state == "T":
                 task.state = "S"
                 self.leave_kernel(task)
-        elif task.state == "D" or (task.on_cpu and not task.in_user):
-            task.notify_signal = True
+        elif task.state == "D" or (task.on_cpu and not task.in_user) or (task.state in "Tt" and sig != 9):
+            task.fatal_signal = True
         else:
             self.exit(task)

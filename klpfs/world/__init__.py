@@ -30,6 +30,7 @@ Model
     :mod:`.tasks`          real processes as tasks of the emulated scheduler
     :mod:`.procfs`         /proc
     :mod:`.vfs`            file requests, in the name of the task that makes them
+    :mod:`.readers`        signals to readers of /dev/kmsg that wait
     :mod:`.daemon`         the daemon
     =====================  ======================================================================================
 

@@ -283,15 +283,18 @@ class _Daemon:
 
         from klpfs.drivers import Options as MountOptions
         from klpfs.drivers import get_driver
+        from klpfs.world.readers import Readers
         from klpfs.world.vfs import WorldVfs
 
         assert isinstance(nursery, trio.Nursery)
         serve = get_driver("pyfuse3")
         procfs = f"/proc/self/fd/{self.proc.fd}"
+        readers = Readers(self.proc)
+        nursery.start_soon(readers.run)
 
         async def driver(*, task_status: trio.TaskStatus[None]) -> None:
             await serve(
-                WorldVfs(machine.kernfs, self.tasks, proc=procfs),
+                WorldVfs(machine.kernfs, self.tasks, readers, proc=procfs),
                 f"/dev/fd/{fd}",
                 options=MountOptions(proc=procfs),
                 task_status=task_status,

@@ -19,6 +19,7 @@ from klpfs.kernfs.vfs import Vfs
 
 if TYPE_CHECKING:
     from klpfs.kernfs import Kernfs
+    from klpfs.world.readers import Readers
     from klpfs.world.tasks import WorldTasks
 
 __all__ = ["WorldVfs"]
@@ -27,14 +28,19 @@ __all__ = ["WorldVfs"]
 class WorldVfs(Vfs):
     """The whole tree, for the callers of a world; *proc* is the path of a procfs with their pids."""
 
-    def __init__(self, kernfs: Kernfs, tasks: WorldTasks, *, proc: str) -> None:
+    def __init__(self, kernfs: Kernfs, tasks: WorldTasks, readers: Readers, *, proc: str) -> None:
         super().__init__(kernfs, proc=proc)
         self._tasks = tasks
+        self._readers = readers
 
     async def read(self, fh: int, size: int, offset: int) -> bytes:
         file = self.file(fh)
         if file.ops.is_stream:
-            return await super().read(fh, size, offset)
+            read = super().read
+            if file.nonblock:
+                return await read(fh, size, offset)
+            ino = self.ino(file.node)
+            return await self._readers.guard(file.caller.pid, ino, offset, lambda: read(fh, size, offset))
         with self._tasks.in_kernel(self._tasks.ensure(file.caller.pid)):
             return await super().read(fh, size, offset)
 

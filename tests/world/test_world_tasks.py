@@ -155,7 +155,15 @@ END
         """,
         cwd=tmp_path,
     )
-    assert [line for line in out if line and "kill:" not in line and line != "Killed"] == ["0", "0", "1", "kthreadd", "1", "2 137", "None -9 3"]
+    assert [line for line in out if line and "kill:" not in line and line != "Killed"] == [
+        "0",
+        "0",
+        "1",
+        "kthreadd",
+        "1",
+        "2 137",
+        "None -9 3",
+    ]
 
 
 def test_a_replaced_system_call(tmp_path: Path) -> None:

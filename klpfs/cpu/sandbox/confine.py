@@ -67,7 +67,6 @@ _NR, _ARCH = 0, 4  # offsets in struct seccomp_data
 def limit_resources() -> list[str]:
     """Set limits on memory, files and everything that makes no sense here; what was done, for the record."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     for which, value in ((resource.RLIMIT_AS, ADDRESS_SPACE), (resource.RLIMIT_NOFILE, _FILES)):
         _, hard = resource.getrlimit(which)
         wanted = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -103,6 +102,7 @@ class _Program(ctypes.Structure):
 def confine() -> list[str]:
     """Drop privileges and install the filter; what could be done, by name."""
     done = []
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
