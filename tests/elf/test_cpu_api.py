@@ -8,15 +8,55 @@ import sys
 
 from klpfs.cpu.api import API, DATA, NATIVE, SUPPORTED, Kind
 
-REQUIRED = """
-__SCT__might_resched __fentry__ __kmalloc_cache_noprof __kmalloc_noprof __list_add_valid_or_report
-__list_del_entry_valid_or_report __stack_chk_fail __task_pid_nr_ns __warn_printk __x86_indirect_thunk_rax
-__x86_return_thunk _printk cancel_delayed_work_sync complete console_printk const_pcpu_hot delayed_work_timer_fn
-flush_work jiffies kernel_kobj kfree klp_enable_patch klp_get_prev_state klp_get_state klp_shadow_alloc klp_shadow_free
-klp_shadow_free_all klp_shadow_get klp_shadow_get_or_alloc kmalloc_caches kobject_create_and_add kobject_put msleep
-mutex_lock mutex_unlock param_array_ops param_ops_bool param_ops_int queue_delayed_work_on queue_work_on seq_printf
-sprintf strcmp sysfs_create_file_ns system_wq system_percpu_wq wait_for_completion
-""".split()
+REQUIRED = [
+    "__SCT__might_resched",
+    "__fentry__",
+    "__kmalloc_cache_noprof",
+    "__kmalloc_noprof",
+    "__list_add_valid_or_report",
+    "__list_del_entry_valid_or_report",
+    "__stack_chk_fail",
+    "__task_pid_nr_ns",
+    "__warn_printk",
+    "__x86_indirect_thunk_rax",
+    "__x86_return_thunk",
+    "_printk",
+    "cancel_delayed_work_sync",
+    "complete",
+    "console_printk",
+    "const_pcpu_hot",
+    "delayed_work_timer_fn",
+    "flush_work",
+    "jiffies",
+    "kernel_kobj",
+    "kfree",
+    "klp_enable_patch",
+    "klp_get_prev_state",
+    "klp_get_state",
+    "klp_shadow_alloc",
+    "klp_shadow_free",
+    "klp_shadow_free_all",
+    "klp_shadow_get",
+    "klp_shadow_get_or_alloc",
+    "kmalloc_caches",
+    "kobject_create_and_add",
+    "kobject_put",
+    "msleep",
+    "mutex_lock",
+    "mutex_unlock",
+    "param_array_ops",
+    "param_ops_bool",
+    "param_ops_int",
+    "queue_delayed_work_on",
+    "queue_work_on",
+    "seq_printf",
+    "sprintf",
+    "strcmp",
+    "sysfs_create_file_ns",
+    "system_wq",
+    "system_percpu_wq",
+    "wait_for_completion",
+]
 
 
 def test_what_the_samples_and_selftests_need_is_there() -> None:

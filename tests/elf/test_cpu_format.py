@@ -47,7 +47,9 @@ class Values:
 
 def env(memory: FakeMemory) -> FormatEnv:
     return FormatEnv(
-        memory, b"key", lambda addr, offset, back: f"sym{'+0x%x/0x10' % (addr & 15) if offset else ''}{'!' if back else ''}"
+        memory,
+        b"key",
+        lambda addr, offset, back: f"sym{'+0x%x/0x10' % (addr & 15) if offset else ''}{'!' if back else ''}",
     )
 
 
