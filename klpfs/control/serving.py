@@ -16,6 +16,7 @@ from klpfs.control.server import ControlServer, listen
 from klpfs.drivers import Options, get_driver
 from klpfs.kernel.profile import Profile
 from klpfs.kernfs.vfs import Vfs
+from klpfs.cpu.lazy import attach
 from klpfs.machine import open_machine
 
 log = logging.getLogger("klpfs.daemon")
@@ -28,6 +29,7 @@ async def serve(config: MountConfig, kernel: Profile, entry: Entry, started: Cal
     """
     driver = get_driver(config.driver)
     async with open_machine(kernel, cpus=config.cpus) as machine:
+        attach(machine)
         root = machine.kernfs.lookup(config.subtree) if config.subtree else machine.kernfs.root
         if root is None or root.kind != "dir":
             raise StartError("usage", f"--subtree {config.subtree}: there is no such directory in the tree")
