@@ -13,10 +13,10 @@ from klpfs.control.ops import Operations
 from klpfs.control.prefork import ENDING
 from klpfs.control.runtime import Entry
 from klpfs.control.server import ControlServer, listen
+from klpfs.cpu.lazy import attach
 from klpfs.drivers import Options, get_driver
 from klpfs.kernel.profile import Profile
 from klpfs.kernfs.vfs import Vfs
-from klpfs.cpu.lazy import attach
 from klpfs.machine import open_machine
 
 log = logging.getLogger("klpfs.daemon")
