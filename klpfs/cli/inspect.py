@@ -24,9 +24,9 @@ INIT_LIMIT: Final = 600.0
 
 def supported_symbols() -> frozenset[str] | None:
     """Kernel symbols whose users klpfs can run; None when there is no execution engine to ask."""
-    from importlib.util import find_spec
+    from klpfs.cpu.lazy import available
 
-    if find_spec("klpfs.cpu.engine") is None:  # what a machine would execute modules with
+    if not available():  # what a machine would execute modules with
         return None
     from klpfs.cpu.api import SUPPORTED
 

@@ -13,6 +13,7 @@ from klpfs.control.ops import Operations
 from klpfs.control.prefork import ENDING
 from klpfs.control.runtime import Entry
 from klpfs.control.server import ControlServer, listen
+from klpfs.cpu.lazy import attach
 from klpfs.drivers import Options, get_driver
 from klpfs.kernel.kallsyms import SymbolTable
 from klpfs.kernel.profile import Profile
@@ -33,6 +34,7 @@ async def serve(
     """
     driver = get_driver(config.driver)
     async with open_machine(kernel, cpus=config.cpus, table=table) as machine:
+        attach(machine)
         root = machine.kernfs.lookup(config.subtree) if config.subtree else machine.kernfs.root
         if root is None or root.kind != "dir":
             raise StartError("usage", f"--subtree {config.subtree}: there is no such directory in the tree")

@@ -31,6 +31,7 @@ from klpfs.cpu.space import BadAddress
 from klpfs.elf import layout as elf_layout
 from klpfs.elf import layouts as elf
 from klpfs.elf.klp import parse_symbol_name
+from klpfs.kernel.dynamic_debug import DebugSite
 from klpfs.loader import ElfCode
 
 if TYPE_CHECKING:
@@ -236,6 +237,27 @@ class CpuCode(ElfCode):
             )
         )
         cpu.modules[self._name] = self
+        self._add_debug_sites(module)
+
+    def _add_debug_sites(self, module: ElfModule) -> None:
+        """``ddebug_add_module``: the ``pr_debug`` calls of the module."""
+        space, debug = self.cpu.space, self.machine.dynamic_debug
+        sites = []
+        base, size = self._table(module, "__dyndbg")
+        for row in range(base, base + size - L.DDEBUG_SIZE + 1, L.DDEBUG_SIZE):
+            try:
+                filename, modname, function, text = (
+                    space.cstring(space.get(row, field)).decode("utf-8", "surrogateescape")
+                    for field in (L.DDEBUG_FILENAME, L.DDEBUG_MODNAME, L.DDEBUG_FUNCTION, L.DDEBUG_FORMAT)
+                )
+            except BadAddress:
+                continue
+            bits = space.get(row, L.DDEBUG_BITS)
+            site = DebugSite(debug, filename, bits & 0x3FFFF, modname, function, text)
+            site.flags = bits >> 24
+            self.cpu.add_debug_site(row, site)
+            sites.append(site)
+        debug.add_module(self._name, sites)
 
     def contains(self, addr: int) -> bool:
         """Whether *addr* lies in this module."""
@@ -289,6 +311,7 @@ class CpuCode(ElfCode):
             cpu.send(proto.Unmap(list(self._regions.values())))
         self._regions.clear()
         cpu.events.forget_region(self._base, self._size)
+        cpu.forget_debug_sites(self._base, self._size)
         if self._percpu[1]:
             cpu.percpu.free(self._percpu[0])
             self._percpu = (0, 0)

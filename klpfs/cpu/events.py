@@ -115,6 +115,15 @@ class Events:
             if state and task is not None:
                 task.state = state
 
+    # -- the log ----------------------------------------------------------------------------------------------------
+
+    async def on_pr_debug(self, thread: HostThread, descriptor: int, text: bytes) -> int:
+        """``__dynamic_pr_debug`` at a site that is enabled."""
+        site = self.cpu.debug_sites.get(descriptor)
+        if site is not None:
+            site.emit(text_of(text))
+        return 0
+
     # -- livepatch --------------------------------------------------------------------------------------------------
 
     def _module_at(self, addr: int) -> Module | None:

@@ -45,6 +45,7 @@ from klpfs.kernel.kernel import TAINT_LETTERS
 if TYPE_CHECKING:
     from klpfs.cpu.code import CpuCode
     from klpfs.elf.reader import ElfModule
+    from klpfs.kernel.dynamic_debug import DebugSite
     from klpfs.kernel.sched import Task
     from klpfs.machine import Machine
 
@@ -106,6 +107,9 @@ class Cpu:
         self.threads: dict[int, HostThread] = {}
         self.modules: dict[str, CpuCode] = {}
         """Executing modules by name."""
+        self.debug_sites: dict[int, DebugSite] = {}
+        """The ``pr_debug`` sites of modules, by the address of their descriptor."""
+        self._debugging: dict[int, bool] = {}
         self.events = Events(self)
         self._chains: dict[int, list[HostThread]] = {}
         self._next_tid = 1
@@ -237,6 +241,10 @@ class Cpu:
                 if self._states.get(addr) != state:
                     self._states[addr] = state
                     space.put(addr, L.MODULE_STATE, state)
+        for addr, site in self.debug_sites.items():
+            if self._debugging.get(addr, False) != site.enabled:
+                self._debugging[addr] = site.enabled
+                self.send(proto.Key(addr + L.DDEBUG_KEY.offset, site.enabled))
         printk = machine.printk
         levels = (
             printk.console_loglevel,
@@ -289,6 +297,16 @@ class Cpu:
         addr = self._foreign.pop(name, 0)
         if addr:
             self.heap.free(addr)
+
+    def add_debug_site(self, addr: int, site: DebugSite) -> None:
+        """*site* has its descriptor at *addr*; it is as its module's file has it."""
+        self.debug_sites[addr] = site
+        self._debugging[addr] = site.enabled
+
+    def forget_debug_sites(self, base: int, size: int) -> None:
+        """A module's memory goes."""
+        for addr in [a for a in self.debug_sites if base <= a < base + size]:
+            del self.debug_sites[addr], self._debugging[addr]
 
     # -- patched functions ------------------------------------------------------------------------------------------
 

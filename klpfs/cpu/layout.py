@@ -287,6 +287,12 @@ BUGFLAG_NO_CUT_HERE: Final = 8
 JUMP_ENTRY_SIZE: Final = 16
 STATIC_KEY_ENABLED: Final = Field(0, 4)
 DDEBUG_SIZE: Final = 56
+DDEBUG_MODNAME: Final = Field(0, 8)
+DDEBUG_FUNCTION: Final = Field(8, 8)
+DDEBUG_FILENAME: Final = Field(16, 8)
+DDEBUG_FORMAT: Final = Field(24, 8)
+DDEBUG_BITS: Final = Field(32, 4)
+"""lineno in the low 18 bits, class in 6, flags in 8."""
 DDEBUG_KEY: Final = Field(40, 16)
 ORC_ENTRY_SIZE: Final = 6
 MODVERSION_SIZE: Final = 64

@@ -176,6 +176,13 @@ class Forget(msgspec.Struct, array_like=True, tag=13):
     pid: int
 
 
+class Key(msgspec.Struct, array_like=True, tag=14):
+    """Switch the static key at *addr*."""
+
+    addr: int
+    on: bool
+
+
 ToSandbox = (
     Start
     | Map
@@ -191,6 +198,7 @@ ToSandbox = (
     | Kill
     | Nudge
     | Forget
+    | Key
 )
 
 

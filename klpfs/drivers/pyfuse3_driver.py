@@ -429,30 +429,41 @@ class _Operations(pyfuse3.Operations):
 
     # -- directories ---------------------------------------------------------------------------------------------------
 
-    @_guard
     async def opendir(self, inode: pyfuse3.InodeT, ctx: RequestContext) -> pyfuse3.FileHandleT:
-        return self.vfs.opendir(self.node(inode), self.caller(ctx))
+        try:
+            return self.vfs.opendir(self.node(inode), self.vfs.caller(ctx.pid, ctx.uid, ctx.gid))
+        except Exception as exc:  # noqa: BLE001 - logged by _answer
+            raise _answer(exc, "opendir", (inode,)) from None
 
-    @_guard
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        parent = self.vfs.dir_node(fh)
-        if parent.provider is None:
-            entries = self.vfs.readdir(fh, start_id)
-        else:
-            entries = await SyncCall(self.vfs.readdir, fh, start_id)
-        for name, node, position in entries:
-            # "." and ".." do not count as look-ups
-            if position > 2 and not self.remember(node):
-                continue
-            attr = self.attributes(node, parent)
-            if not pyfuse3.readdir_reply(token, os.fsencode(name), attr, position):
-                if position > 2:
-                    self.drop(self.vfs.ino(node), 1)
-                break
+        try:
+            parent = self.vfs.dir_node(fh)
+            if parent.provider is None:
+                entries = self.vfs.readdir(fh, start_id)
+            else:
+                entries = await SyncCall(self.vfs.readdir, fh, start_id)
+            for name, node, position in entries:
+                if position <= 2:
+                    # "." and ".." do not count as look-ups, and the kernel takes no more than this from them
+                    attr = EntryAttributes()
+                    attr.st_ino = self.vfs.ino(node)
+                    attr.st_mode = node.st_mode
+                elif self.remember(node):
+                    attr = self.attributes(node, parent)
+                else:
+                    continue
+                if not pyfuse3.readdir_reply(token, os.fsencode(name), attr, position):
+                    if position > 2:
+                        self.drop(self.vfs.ino(node), 1)
+                    break
+        except Exception as exc:  # noqa: BLE001 - logged by _answer
+            raise _answer(exc, "readdir", (fh, start_id)) from None
 
-    @_guard
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
-        self.vfs.releasedir(fh)
+        try:
+            self.vfs.releasedir(fh)
+        except Exception as exc:  # noqa: BLE001 - logged by _answer
+            raise _answer(exc, "releasedir", (fh,)) from None
 
     @_guard
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:

@@ -160,9 +160,11 @@ class _Daemon:
         """Boot, serve, and return when the front is gone."""
         import trio
 
+        from klpfs.cpu.lazy import attach
         from klpfs.machine import open_machine
 
         async with open_machine(self.kernel, cpus=self.options.cpus) as machine:
+            attach(machine)
             if self.log_fd >= 0:
                 _LogFile(machine.printk, self.log_fd)
             self._stand_ins(machine)

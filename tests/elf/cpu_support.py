@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -11,7 +12,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 
-from klpfs.cpu.api import API, DATA
+from klpfs.cpu.api import API
 from klpfs.cpu.host import Cpu
 from klpfs.cpu.proto import Limits
 from klpfs.kernel import profile as profiles
@@ -76,6 +77,36 @@ def build(name: str, source: str, flags: Sequence[str] = (), *, init: bool = Tru
         return Path(f"{c}.o").read_bytes()
 
 
+def with_klp_relocations(data: bytes, objname: str, section: str) -> bytes:
+    """The object file *data* with the relocations of *section* and the symbols ``.klp.sym.*`` turned into livepatch's,
+    as the tools that build livepatches do it."""
+    image = bytearray(data)
+    (table,) = struct.unpack_from("<Q", image, 40)
+    size, count, names = struct.unpack_from("<HHH", image, 58)
+    headers = [list(struct.unpack_from("<IIQQQQIIQQ", image, table + i * size)) for i in range(count)]
+    strings = bytes(image[headers[names][4] : headers[names][4] + headers[names][5]])
+
+    def name(header: list[int]) -> str:
+        return strings[header[0] :].split(b"\0")[0].decode()
+
+    symtab = next(h for h in headers if h[1] == 2)
+    texts = headers[symtab[6]]
+    for at in range(symtab[4], symtab[4] + symtab[5], 24):
+        (label,) = struct.unpack_from("<I", image, at)
+        if bytes(image[texts[4] + label :]).startswith(b".klp.sym."):
+            struct.pack_into("<H", image, at + 6, 0xFF20)
+    new = f".klp.rela.{objname}.{section}".encode() + b"\0"
+    for header in headers:
+        if header[1] == 4 and name(header) == f".rela{section}":
+            header[0] = len(strings)
+            header[2] |= 0x00100002
+    headers[names][4], headers[names][5] = len(image), len(strings) + len(new)
+    image += strings + new
+    for i, header in enumerate(headers):
+        struct.pack_into("<IIQQQQIIQQ", image, table + i * size, *header)
+    return bytes(image)
+
+
 class CpuTable(DictTable):
     """A vmlinux that has and exports everything that the sandbox knows, and a few functions that it does not."""
 
@@ -99,6 +130,3 @@ async def executing(limits: Limits | None = None) -> AsyncIterator[tuple[Machine
 def lines(m: Machine, since: int = 0) -> list[str]:
     """The log's messages, taint lines left out."""
     return [r.message for r in m.printk.records(since) if not re.search(r"taint|verification|out-of-tree", r.message)]
-
-
-__all__ = ["API", "DATA", "TRACED", "CpuTable", "build", "executing", "lines"]

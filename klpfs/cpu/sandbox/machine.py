@@ -27,9 +27,10 @@ from klpfs.cpu import layout as L
 from klpfs.cpu import proto
 from klpfs.cpu.api import API, NATIVE, Api, Kind
 from klpfs.cpu.layout import AREAS, PAGE_SIZE, PROT_EXEC, PROT_READ, PROT_WRITE, U64
-from klpfs.cpu.sandbox.engine import ARGUMENTS, RAX, RBP, RCX, RDX, RSP, Engine, Stop
+from klpfs.cpu.sandbox.engine import ARGUMENTS, RAX, RCX, RDX, RSP, Engine, Stop
 from klpfs.cpu.sandbox.fmt import FormatEnv, UnknownFormat, VaList, vformat
 from klpfs.cpu.sandbox.memory import Heap, Memory, PageFault
+from klpfs.cpu.sandbox.report import CALLBACK, EXIT, bare_report, make_report, stack_of
 from klpfs.cpu.sandbox.thread import (
     HANDLERS,
     Ask,
@@ -44,7 +45,7 @@ from klpfs.cpu.sandbox.thread import (
     Woken,
     signed,
 )
-from klpfs.cpu.sandbox.unwind import OrcTable, unwind
+from klpfs.cpu.sandbox.unwind import OrcTable
 from klpfs.cpu.space import Space
 
 __all__ = ["Machine", "Module"]
@@ -55,11 +56,6 @@ _TRAP = b"\xcd\x80"
 """What stands for a kernel function: a software interrupt. Unlike HLT it leaves no exception behind that would turn
 the next one into a double fault."""
 _TRAP_VECTOR = 0x80
-_EXIT = AREAS["text"].end - 16
-"""Return address of a thread's first frame."""
-_CALLBACK = AREAS["text"].end - 32
-"""Return address of module code that a stub called."""
-_ENDS = frozenset({_EXIT, _CALLBACK})
 _SPIN_LIMIT = 2000
 _NANOSECONDS_PER_INSTRUCTION = 20
 """What an instruction is taken to last where a run ended early: the engine does not tell how many it executed."""
@@ -158,7 +154,7 @@ class Machine:
         self._calls = 0
         for name in ("data", "percpu", "host"):
             self.map(AREAS[name].base, AREAS[name].size, PROT_READ | PROT_WRITE)
-        for addr in (_EXIT, _CALLBACK):
+        for addr in (EXIT, CALLBACK):
             self._plant(addr, _TRAP)
 
     # -- memory and symbols -----------------------------------------------------------------------------------------
@@ -267,7 +263,7 @@ class Machine:
     def start_call(self, call: proto.Call) -> None:
         """A thread is born."""
         if len(self.threads) >= self.limits.threads:
-            self.send(proto.Died(call.tid, self._bare_report("budget", "too many threads", call.module)))
+            self.send(proto.Died(call.tid, bare_report("budget", "too many threads", call.module)))
             return
         if self._free_stacks:
             stack = self._free_stacks.pop()
@@ -276,14 +272,14 @@ class Machine:
             stack = self._next_stack + PAGE_SIZE
             self._next_stack = stack + L.THREAD_SIZE
             if self._next_stack > AREAS["stack"].end:
-                self.send(proto.Died(call.tid, self._bare_report("budget", "no stack left", call.module)))
+                self.send(proto.Died(call.tid, bare_report("budget", "no stack left", call.module)))
                 return
             self.map(stack, L.THREAD_SIZE, PROT_READ | PROT_WRITE)
         try:
             task = self.task(call.task)
         except Crash as crash:
             self._free_stacks.append(stack)
-            self.send(proto.Died(call.tid, self._bare_report(crash.kind, crash.text, call.module)))
+            self.send(proto.Died(call.tid, bare_report(crash.kind, crash.text, call.module)))
             return
         task.threads += 1
         thread = Thread(call.tid, call.module, task, (stack, stack + L.THREAD_SIZE), call.addr)
@@ -293,7 +289,7 @@ class Machine:
         self._current = thread
         self._bind(thread)
         rsp = stack + L.THREAD_SIZE - 64
-        self.mem.store(rsp, _EXIT)
+        self.mem.store(rsp, EXIT)
         self.engine.set(RSP, rsp)
         for reg, value in zip(ARGUMENTS, call.args, strict=False):
             self.engine.set(reg, value & U64)
@@ -433,12 +429,12 @@ class Machine:
         api = self.functions.get(rip)
         if api is not None:
             return self._kernel_call(thread, api, rip)
-        if rip == _EXIT:
+        if rip == EXIT:
             value = self.engine.get(RAX)
             self.send(proto.Done(thread.tid, value))
             self._bury(thread)
             return False
-        if rip == _CALLBACK:
+        if rip == CALLBACK:
             if not thread.frames:
                 raise Crash("gp_fault", "returned from a call that nobody made")
             return self._advance(thread, self.engine.get(RAX))
@@ -481,15 +477,16 @@ class Machine:
                 text = f"{file}:{self.space.get(entry, L.BUG_LINE)}"
                 if not flags & L.BUGFLAG_WARNING:
                     raise Crash("bug", text)
-                thread.rip = rip + 2
                 if flags & L.BUGFLAG_ONCE:
                     if flags & L.BUGFLAG_DONE:
+                        thread.rip = rip + 2
                         return True
                     self.space.put(entry, L.BUG_FLAGS, flags | L.BUGFLAG_DONE)
                 if not flags & L.BUGFLAG_NO_CUT_HERE:
                     self.print(thread, b"\x014------------[ cut here ]------------\n")
                 self.count_log(thread.module, 20)
-                self.send(proto.Warned(thread.tid, self.report(thread, "warn", text, rip=rip)))
+                self.send(proto.Warned(thread.tid, make_report(self, thread, "warn", text)))
+                thread.rip = rip + 2
                 return True
         raise Crash("invalid", "")
 
@@ -508,7 +505,7 @@ class Machine:
     def _ask_ftrace(self, thread: Thread, function: int) -> None:
         steps = _ftrace_steps()
         next(steps)
-        thread.frames.append(StubFrame(_FTRACE, function, steps, self.engine.get(RSP)))
+        thread.frames.append(StubFrame(_FTRACE, function, steps, self.engine.get(RSP), traced=True))
         thread.in_stub = True
         self._await(thread, Ask("ftrace", [function]), stack=False)
 
@@ -568,7 +565,7 @@ class Machine:
     def _advance(self, thread: Thread, outcome: object) -> bool:
         """Resume the innermost stub; whether the thread may go on at once."""
         frame = thread.frames[-1]
-        if frame.api is not _FTRACE:
+        if not frame.traced:
             # Whatever happens now happens in the kernel function, called from where it was called.
             thread.rip, thread.in_stub = frame.addr, True
             self.engine.set(RSP, frame.rsp)
@@ -577,7 +574,7 @@ class Machine:
         except StopIteration as stop:
             thread.frames.pop()
             thread.in_stub = False
-            if frame.api is not _FTRACE:
+            if not frame.traced:
                 self._return(thread, int(stop.value) if stop.value is not None else 0, frame.rsp)
             elif stop.value:
                 thread.rip = stop.value
@@ -586,10 +583,10 @@ class Machine:
             return True
         match request:
             case Invoke(addr, args):
-                if sum(f.api is not _FTRACE for f in thread.frames) > self.limits.nesting:
+                if sum(not f.traced for f in thread.frames) > self.limits.nesting:
                     raise Crash("budget", "calls from kernel functions nested too deeply")
                 rsp = (frame.rsp - 128 & -16) - 8
-                self.mem.store(rsp, _CALLBACK)
+                self.mem.store(rsp, CALLBACK)
                 self.engine.set(RSP, rsp)
                 for reg, value in zip(ARGUMENTS, args, strict=False):
                     self.engine.set(reg, value & U64)
@@ -616,7 +613,7 @@ class Machine:
 
     def _await(self, thread: Thread, ask: Ask, *, stack: bool) -> None:
         thread.state = "asked"
-        trace, reliable = self.stack_of(thread) if stack else (None, True)
+        trace, reliable = stack_of(self, thread) if stack else (None, True)
         self.send(proto.Event(thread.tid, ask.name, ask.args, trace, reliable))
 
     def _sleep(self, thread: Thread, sleep: Sleep) -> None:
@@ -625,7 +622,7 @@ class Machine:
         thread.quiet = True
         thread.interruptible, thread.busy = sleep.state == "S", sleep.state == "R"
         thread.slept_at = self.now()
-        trace, reliable = self.stack_of(thread)
+        trace, reliable = stack_of(self, thread)
         self.send(proto.Block(thread.tid, thread.seq, sleep.state, sleep.timeout, trace, reliable))
 
     def timer_expired(self, message: proto.Wake) -> None:
@@ -719,7 +716,7 @@ class Machine:
         if message:
             self.print(thread, f"\x014{message}\n".encode())
         self.count_log(thread.module, 20)
-        self.send(proto.Warned(thread.tid, self.report(thread, "warn", where)))
+        self.send(proto.Warned(thread.tid, make_report(self, thread, "warn", where)))
 
     def caller(self, thread: Thread) -> int:
         """The return address of the kernel function that *thread* is entering."""
@@ -727,7 +724,7 @@ class Machine:
 
     def dump(self, thread: Thread) -> None:
         """``dump_stack``."""
-        self.send(proto.Warned(thread.tid, self.report(thread, "dump")))
+        self.send(proto.Warned(thread.tid, make_report(self, thread, "dump")))
 
     def finish(self, thread: Thread, value: int) -> None:
         """End *thread* from within a kernel function, as if its first function had returned *value*."""
@@ -751,6 +748,13 @@ class Machine:
             self.sites.pop(site, None)
         self.space.write(site, _SITE if message.on else _NOP5)
         self.engine.flush(site, 5)
+
+    def set_key(self, key: int, enabled: int) -> None:
+        """Set the count of a static key (``static_key_enable`` and its kin)."""
+        before = signed(self.mem.load(key, 4), 32)
+        self.mem.store(key, enabled, 4)
+        if (before > 0) != (enabled > 0):
+            self.update_jump_labels(key)
 
     def update_jump_labels(self, key: int) -> None:
         """Static key *key* was switched: rewrite the branches that depend on it (``jump_label_update``)."""
@@ -796,100 +800,6 @@ class Machine:
 
     # -- reports ----------------------------------------------------------------------------------------------------
 
-    def _is_return_address(self, word: int) -> bool:
-        module = self.module_at(word)
-        return module is not None and module.symbol(word) is not None and bool(self.mem.prot(word) & PROT_EXEC)
-
-    def _orc(self, addr: int) -> OrcTable | None:
-        module = self.module_at(addr)
-        return module.orc if module is not None else None
-
-    def _trace(self, thread: Thread, rip: int | None) -> tuple[list[tuple[int, bool]], bool]:
-        """The call chain: from *rip* on, or (None) from the stub that the thread is in."""
-        found: list[tuple[int, bool]] = []
-        frames = list(thread.frames)
-        bp, exact = self.engine.get(RBP), True
-        if rip is None:
-            frame = frames.pop()
-            if frame.api is not _FTRACE:
-                found.append((frame.addr, True))
-                rip, sp, exact = self.mem.load(frame.rsp), frame.rsp + 8, False
-            else:
-                rip, sp = thread.rip, frame.rsp
-        else:
-            sp = self.engine.get(RSP)
-        reliable = True
-        while True:
-            chain, sure, end, bp = unwind(
-                self.mem,
-                self._orc,
-                self._is_return_address,
-                rip,
-                {"sp": sp, "bp": bp},
-                thread.stack,
-                _ENDS,
-                exact=exact,
-            )
-            found += chain
-            reliable = reliable and sure
-            if end != _CALLBACK or not frames:
-                return found, reliable
-            frame = frames.pop()
-            found.append((frame.addr, True))
-            rip, sp, exact = self.mem.load(frame.rsp), frame.rsp + 8, False
-
-    def stack_of(self, thread: Thread) -> tuple[list[int], bool]:
-        """Addresses on the stack of the current thread, innermost first, and whether they can be trusted."""
-        self._enter(thread)
-        try:
-            chain, reliable = self._trace(thread, None if thread.in_stub else thread.rip)
-        except PageFault:
-            return [], False
-        return [addr for addr, _ in chain], reliable
-
-    def _bare_report(self, kind: str, text: str, module: str) -> proto.Report:
-        return proto.Report(kind, text, 0, "", 0, {}, b"", 0, [], 0, module)
-
-    def report(
-        self, thread: Thread, kind: str, text: str = "", *, addr: int = 0, access: str = "", rip: int | None = None
-    ) -> proto.Report:
-        """What happened to *thread*, for the log."""
-        regs = self.engine.registers()
-        stub = 0
-        if rip is None:
-            rip = thread.rip
-        regs["rip"] = rip
-        api = self.functions.get(rip)
-        if api is not None:
-            stub = rip
-        low = rip - 42
-        code, at = b"", 0
-        for i in range(64):
-            if self.mem.prot(low + i) and self.mem.prot(low + i) & PROT_READ:
-                code += self.space.read((low + i) & U64, 1)
-                at += i < 42
-        trace: list[tuple[int, bool]] = []
-        try:
-            if stub:
-                # in a kernel function: the chain starts at its caller
-                rsp = regs["rsp"]
-                chain, _, _, _ = unwind(
-                    self.mem,
-                    self._orc,
-                    self._is_return_address,
-                    self.mem.load(rsp),
-                    {"sp": rsp + 8, "bp": regs["rbp"]},
-                    thread.stack,
-                    _ENDS,
-                    exact=False,
-                )
-                trace = [(frame.addr, frame.reliable) for frame in chain]
-            else:
-                trace = self._trace(thread, rip)[0][1:]
-        except PageFault:
-            pass
-        return proto.Report(kind, text, addr, access, rip, regs, code, at, trace, stub, thread.module)
-
     def _die(self, thread: Thread, kind: str, text: str = "", *, addr: int = 0, access: str = "") -> None:
         if thread.state == "dead":
             return
@@ -898,7 +808,7 @@ class Machine:
         low = thread.stack[0]
         if kind == "page_fault" and low - PAGE_SIZE <= addr < low:
             kind = "stack"
-        report = self.report(thread, kind, text, addr=addr, access=access)
+        report = make_report(self, thread, kind, text, addr=addr, access=access)
         self._bury(thread)
         self.send(proto.Died(thread.tid, report))
 

@@ -151,5 +151,7 @@ def _handle(machine: Machine, message: proto.ToSandbox) -> None:
             machine.nudge(message)
         case proto.Forget():
             machine.forget_task(message.pid)
+        case proto.Key():
+            machine.set_key(message.addr, int(message.on))
         case proto.Start():
             raise TypeError("started twice")

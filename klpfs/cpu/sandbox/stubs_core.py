@@ -41,10 +41,12 @@ def _printk(m: Machine, t: Thread, text: bytes) -> int:
 
 
 @stub("__dynamic_pr_debug")
-def _dynamic_pr_debug(m: Machine, t: Thread, descriptor: int, text: bytes) -> None:
+def _dynamic_pr_debug(m: Machine, t: Thread, descriptor: int, text: bytes) -> Steps:
     # called only where the site's static key is on
     m.mem.check(descriptor, L.DDEBUG_SIZE)
-    m.print(t, b"\x017" + text)
+    m.count_log(t.module)
+    yield Ask("pr_debug", [descriptor, text])
+    return None
 
 
 @stub("print_hex_dump")
@@ -632,16 +634,9 @@ def _on_each_cpu(m: Machine, t: Thread, condition: int, function: int, info: int
 # -- static keys ------------------------------------------------------------------------------------------------------
 
 
-def _set_key(m: Machine, key: int, enabled: int) -> None:
-    before = signed(m.mem.load(key, 4), 32)
-    m.mem.store(key, enabled, 4)
-    if (before > 0) != (enabled > 0):
-        m.update_jump_labels(key)
-
-
 def _static_key(names: str, change: Any) -> None:
     def run(m: Machine, t: Thread, key: int) -> int:
-        _set_key(m, key, change(signed(m.mem.load(key, 4), 32)))
+        m.set_key(key, change(signed(m.mem.load(key, 4), 32)))
         return 1
 
     for name in names.split():

@@ -97,12 +97,14 @@ class Crash(Exception):
 
 @dataclass(slots=True)
 class StubFrame:
-    """A kernel function that waits for something, and the stack pointer at its entry."""
+    """A kernel function that waits for something, and the stack pointer at its entry. *traced*: it is not really one,
+    but the question which implementation a function's call is to reach."""
 
     api: Api
     addr: int
     steps: Steps
     rsp: int
+    traced: bool = False
 
 
 @dataclass(eq=False, slots=True)
