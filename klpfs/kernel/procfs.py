@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable, Iterable
 
-from klpfs.kernel.kernel import Kernel
+from klpfs.kernel.kernel import TAINT_LETTERS, Kernel
 from klpfs.kernel.kstrtox import proc_dointvec
 from klpfs.kernel.sched import TASK_STATES, Task
 from klpfs.kernfs import Caller, Entry, Kernfs, KernfsNode, SeqFile, StaticProvider
@@ -49,6 +49,11 @@ def _host_file(name: str) -> bytes:
             return file.read()
     except OSError:
         return b""
+
+
+def _pid(name: str) -> int:
+    """``name_to_int``: the pid that a name stands for; -1 for one that is no number as the kernel writes it."""
+    return int(name) if name.isascii() and name.isdigit() and (name[0] != "0" or name == "0") else -1
 
 
 class ProcFs:
@@ -135,8 +140,9 @@ class ProcFs:
             return used
 
         async def tainted_store(data: bytes) -> int:
-            value, used = proc_dointvec(data, [0], low=0)
-            kernel.tainted |= value[0]
+            # proc_taint(): bits that stand for nothing are ignored
+            value, used = proc_dointvec(data, [0], low=0, high=(1 << 64) - 1)
+            kernel.tainted |= value[0] & ((1 << len(TAINT_LETTERS)) - 1)
             return used
 
         async def devkmsg_store(data: bytes) -> int:
@@ -163,7 +169,7 @@ class TaskDirs:
         self.kernel = kernel
 
     def lookup(self, name: str) -> Entry | None:
-        task = self.kernel.sched.tasks.get(int(name)) if name.isascii() and name.isdigit() else None
+        task = self.kernel.sched.tasks.get(_pid(name))
         if task is None or task.real:
             return None
         return Entry.dir(StaticProvider(self.entries(task)), key=(task.pid, id(task)))
@@ -279,7 +285,7 @@ class _ThreadDirs:
         self._tgid = tgid
 
     def lookup(self, name: str) -> Entry | None:
-        task = self._dirs.kernel.sched.tasks.get(int(name)) if name.isascii() and name.isdigit() else None
+        task = self._dirs.kernel.sched.tasks.get(_pid(name))
         if task is None or task.tgid != self._tgid:
             return None
         return Entry.dir(StaticProvider(self._dirs.entries(task, thread=True)), key=(task.pid, id(task)))

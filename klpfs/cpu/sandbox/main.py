@@ -61,7 +61,14 @@ class _Link:
 
 
 def main(socket_fd: int, memory_fd: int) -> None:
-    """Serve until the daemon hangs up."""
+    """Serve until the daemon hangs up, which it may do at any moment, before anything was served, too."""
+    try:
+        _run(socket_fd, memory_fd)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+
+
+def _run(socket_fd: int, memory_fd: int) -> None:
     from klpfs.cpu.sandbox.confine import confine, limit_resources
 
     confinement = limit_resources()
