@@ -38,7 +38,7 @@ format: install ## Format the code
 	$(BIN)/ruff check --fix .
 
 conformance: install $(VENV)/.packages-conformance ## The twins and the kernel's own selftests; some: ONLY=twin-05
-	$(BIN)/python tools/conformance/run $(ONLY)
+	$(BIN)/python tools/conformance/run.py $(ONLY)
 
 bench: $(VENV)/.compiled $(VENV)/.packages-bench ## Measure, as ratios within one run; results also in build/bench.json
 	@mkdir -p build

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the twins and the kernel's livepatch selftests inside ``klpfs run``, and print the results as KTAP.
 
-    tools/conformance/run [--as root|user|both] [--verbose] [NAME ...]
+    tools/conformance/run.py [--as root|user|both] [--verbose] [NAME ...]
 
 NAME selects by a part of the name: ``twin``, ``twin-05``, ``selftest``, ``callbacks``. Exits with 1 if anything
 differs. As root everything runs twice, as root and as an ordinary user (made for the occasion, removed afterwards);
@@ -12,8 +12,8 @@ terminal, which shows (lines end in CR LF, ls lists in columns), so those twins 
 others print into a pipe. A selftest passes when its script, as the kernel has it, exits with 0 and says "ok" for each
 of its tests.
 
-Every script runs in an empty directory of its own. When root, it also has a /tmp of its own, in which the checkout is
-visible, so that leftovers of one cannot change another and an ordinary user can reach klpfs wherever it lies.
+Every script runs in a directory of its own. When root, it also has a /tmp of its own, so that leftovers of one cannot
+change another, and sees klpfs even where an ordinary user may not look.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import termios
 import time
@@ -44,7 +45,6 @@ TWINS = TOP / "tests/conformance/twins"
 BUILD_MODULES = Path(__file__).with_name("build-modules")
 USER = "klpfs-conformance"
 TEST_LINE = re.compile(r"^TEST: (.*) \.\.\. (.*)$")
-VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 SECONDS = {"twin": 120, "selftest": 600}
 EXIT_FAILED = 125  # of klpfs run: there is no world
 COLUMN = 20  # the width of a column of the table
@@ -137,36 +137,51 @@ def runner(command: list[str], user: str | None) -> list[str]:
     return ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--no-new-privs", *command]
 
 
+def covers(base: Path, needed: list[Path]) -> list[str]:
+    """Commands that put *base* in the place of /tmp, and keep *needed* where they are, reachable for everybody: what
+    lies in a directory that only its owner may enter is seen in an empty one in its place."""
+    places = {Path("/tmp"): base}
+    commands = []
+    for path in needed:
+        closed = (parent for parent in reversed(path.parents) if not parent.stat().st_mode & 0o001)
+        place = Path("/tmp") if path.is_relative_to("/tmp") else next(closed, None)
+        if place is None:
+            continue
+        cover = places.setdefault(place, base / f"cover-{len(places)}")
+        target = cover / path.relative_to(place)
+        if target.exists():
+            continue
+        target.mkdir(parents=True)
+        commands.append(f"mount --rbind {shlex.quote(str(path))} {shlex.quote(str(target))}")
+    commands += [f"mount --rbind {cover} {shlex.quote(str(place))}" for place, cover in reversed(places.items())]
+    return commands
+
+
 def run_case(case: Case, modules: Path, user: str | None) -> Result:
     """Run one script inside ``klpfs run``."""
-    root = os.geteuid() == 0
-    # everything is below this directory, which becomes the /tmp of the script when we are root
+    # becomes the /tmp of the script when we are root
     base = Path(tempfile.mkdtemp(prefix="klpfs-conformance-"))
-    seen, checkout = (Path("/tmp"), Path("/tmp/klpfs")) if root else (base, TOP)
     try:
         work = base / "work"
         work.mkdir()
-        prepare(case, work, str(checkout / modules.relative_to(TOP)))
+        prepare(case, work, str(modules))
         # the interpreter as itself, not through .venv, whose links an ordinary user may not be able to follow
-        prefix = seen / "python" if root else Path(sys.base_prefix)
-        command = [str(prefix / "bin" / f"python{VERSION}"), "-m", "klpfs.cli", "run", "--"]
-        command += ["bash", f"./{case.script.name}"]
+        interpreter = Path(sys._base_executable)  # type: ignore[attr-defined]  # there since 3.3, and no other way
+        packages = Path(sysconfig.get_path("purelib")).resolve()
+        command = [str(interpreter), "-m", "klpfs.cli", "run", "--", "bash", f"./{case.script.name}"]
         env = {
             "PATH": SYSTEM_PATH,
             "LC_ALL": "C",
-            "HOME": str(seen),
-            "PYTHONPATH": f"{checkout}:{checkout}/.venv/lib/python{VERSION}/site-packages",
+            "HOME": "/tmp",
+            "PYTHONPATH": f"{TOP}:{packages}",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        if root:
+        if os.geteuid() == 0:
             base.chmod(0o1777)
             if user is not None:
                 shutil.chown(work, user, user)
-            binds = [(TOP, base / "klpfs"), (Path(sys.base_prefix), base / "python"), (base, Path("/tmp"))]
-            for _, target in binds:
-                target.mkdir(exist_ok=True)
-            mounts = [f"mount --rbind {shlex.quote(str(source))} {target}" for source, target in binds]
-            inner = " && ".join([*mounts, "cd /tmp/work", 'exec "$@"'])
+            needed = [TOP, modules.resolve(), packages, Path(sys.base_prefix)]
+            inner = " && ".join([*covers(base, needed), "cd /tmp/work", 'exec "$@"'])
             command = ["unshare", "--mount", "sh", "-c", inner, "sh", *runner(command, user)]
         started = time.monotonic()
         output, status = execute(command, work, env, SECONDS[case.kind], terminal=case.on_terminal)
