@@ -20,6 +20,7 @@ Model
     :mod:`.options`        the command line, as data
     :mod:`.sysapi`         system calls that Python does not offer
     :mod:`.front`          the first process
+    :mod:`.idmap`          users and groups of a world of an ordinary user
     :mod:`.initproc`       pid 1, and the start of the command
     :mod:`.mounts`         overlays
     :mod:`.libmodules`     /lib/modules/RELEASE

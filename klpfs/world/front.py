@@ -102,24 +102,23 @@ def _userns_hint(err: OSError) -> str:
 def enter_namespaces() -> None:
     """New mount and PID namespaces (the latter for children); in a new user namespace where that is what it takes.
 
-    In a user namespace the user is root, and the only user. Raises WorldError.
+    In a user namespace the user is root, and the only one without subordinate ids. Raises WorldError.
     """
-    uid, gid = os.geteuid(), os.getegid()
     try:
         sysapi.unshare(sysapi.CLONE_NEWNS | sysapi.CLONE_NEWPID)
         return
     except OSError as err:
         if err.errno != errno.EPERM:
             raise WorldError(f"cannot make namespaces: {err.strerror}{_userns_hint(err)}") from None
+    from klpfs.world.idmap import Mapper
+
     try:
+        mapper = Mapper()
         sysapi.unshare(sysapi.CLONE_NEWUSER | sysapi.CLONE_NEWNS | sysapi.CLONE_NEWPID)
     except OSError as err:
         raise WorldError(f"cannot make a user namespace: {err.strerror}{_userns_hint(err)}") from None
     try:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-            fd = os.open(f"/proc/self/{name}", os.O_WRONLY)
-            os.write(fd, text.encode())
-            os.close(fd)
+        mapper.write()
     except OSError as err:
         raise WorldError(f"cannot map the user into the new user namespace: {err.strerror}") from None
 

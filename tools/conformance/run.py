@@ -134,7 +134,7 @@ def runner(command: list[str], user: str | None) -> list[str]:
     """*command* as *user* (None: as who we are)."""
     if user is None:
         return command
-    return ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--no-new-privs", *command]
+    return ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", *command]
 
 
 def covers(base: Path, needed: list[Path]) -> list[str]:
@@ -248,7 +248,9 @@ def ordinary_user() -> Iterator[str]:
     """A user account that exists during the block. Raises CalledProcessError."""
     created = subprocess.run(["id", USER], capture_output=True, check=False).returncode != 0
     if created:
-        subprocess.run(["useradd", "--system", "--user-group", "--no-create-home", USER], check=True)
+        # with subordinate ids, so that another user than root exists in the world: a twin changes owners
+        options = ["--system", "--add-subids-for-system", "--user-group", "--no-create-home"]
+        subprocess.run(["useradd", *options, USER], check=True)
     try:
         yield USER
     finally:
