@@ -7,7 +7,13 @@ function check_result() { step check_result "$*"; }
 function log() { step log "$1"; }
 function skip() { step skip "$1"; }
 function die() { :; } # conditions see no machine: they are checked by the real run
-function loop_until() { step loop_until "$*"; }
+function loop_until() { # its condition is evaluated by functions.sh: with the script's constants put in here
+    local condition=$*
+    while [[ $condition =~ \$(MOD_[A-Z0-9_]+) ]]; do
+        condition=${condition/"${BASH_REMATCH[0]}"/${!BASH_REMATCH[1]}}
+    done
+    step loop_until "$condition"
+}
 function cat() { echo; }
 function grep() { step grep "$@"; }
 function set_ftrace_enabled() { step set_ftrace_enabled "$@"; }
