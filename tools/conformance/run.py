@@ -12,8 +12,8 @@ terminal, which shows (lines end in CR LF, ls lists in columns), so those twins 
 others print into a pipe. A selftest passes when its script, as the kernel has it, exits with 0 and says "ok" for each
 of its tests.
 
-Every script runs in a directory of its own. When root, it also has a /tmp of its own, so that leftovers of one cannot
-change another, and sees klpfs even where an ordinary user may not look.
+Every script runs in a directory of its own, and with a /tmp of its own, so that leftovers of one cannot change another.
+When root, klpfs is shown to the ordinary user even where that one may not look.
 """
 
 from __future__ import annotations
@@ -90,15 +90,17 @@ def all_cases(modules: Path) -> list[Case]:
     return twins + [Case("selftest", path) for path in sorted((modules / "selftests").glob("test-*.sh"))]
 
 
-def prepare(case: Case, work: Path, modules: str) -> None:
-    """Fill the directory that *case* runs in. *modules* is where the modules are, as the script sees it."""
+def prepare(case: Case, work: Path, modules: Path) -> None:
+    """Fill the directory that *case* runs in."""
     if case.kind == "twin":
         files = [case.script, TWINS / "lib.sh"]
     else:
         files = [path for path in case.script.parent.iterdir() if path.is_file()]
     for path in files:
         shutil.copy(path, work)
-    (work / "test_modules").symlink_to(modules)
+    (work / "test_modules").mkdir()
+    for path in modules.glob("*.ko"):
+        shutil.copy(path, work / "test_modules")
 
 
 def decode(data: bytes) -> str:
@@ -159,16 +161,17 @@ def covers(base: Path, needed: list[Path]) -> list[str]:
 
 def run_case(case: Case, modules: Path, user: str | None) -> Result:
     """Run one script inside ``klpfs run``."""
-    # becomes the /tmp of the script when we are root
+    # becomes the /tmp of the script
     base = Path(tempfile.mkdtemp(prefix="klpfs-conformance-"))
     try:
         work = base / "work"
         work.mkdir()
-        prepare(case, work, str(modules))
+        prepare(case, work, modules)
         # the interpreter as itself, not through .venv, whose links an ordinary user may not be able to follow
         interpreter = Path(sys._base_executable)  # type: ignore[attr-defined]  # there since 3.3, and no other way
         packages = Path(sysconfig.get_path("purelib")).resolve()
-        command = [str(interpreter), "-m", "klpfs.cli", "run", "--", "bash", f"./{case.script.name}"]
+        script = ["bash", f"./{case.script.name}"]
+        command = [str(interpreter), "-m", "klpfs.cli", "run", "--"]
         env = {
             "PATH": SYSTEM_PATH,
             "LC_ALL": "C",
@@ -177,12 +180,16 @@ def run_case(case: Case, modules: Path, user: str | None) -> Result:
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         if os.geteuid() == 0:
+            command += script
             base.chmod(0o1777)
             if user is not None:
                 shutil.chown(work, user, user)
-            needed = [TOP, modules.resolve(), packages, Path(sys.base_prefix)]
+            needed = [TOP, packages, Path(sys.base_prefix)]
             inner = " && ".join([*covers(base, needed), "cd /tmp/work", 'exec "$@"'])
             command = ["unshare", "--mount", "sh", "-c", inner, "sh", *runner(command, user)]
+        else:
+            # who is not root can mount in a world only
+            command += ["sh", "-c", f'mount --bind {base} /tmp && cd /tmp/work && exec "$@"', "sh", *script]
         started = time.monotonic()
         output, status = execute(command, work, env, SECONDS[case.kind], terminal=case.on_terminal)
         seconds = time.monotonic() - started
