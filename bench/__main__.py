@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -255,12 +256,45 @@ def bench_many() -> Iterator[Result]:
     yield Result("1,000 patches of 100 functions: daemon", rss, "MB", target="300 MB")
 
 
+def bench_load() -> Iterator[Result]:
+    """Inserting each of the kernel's own sample and test modules, built from Debian's packages, executed."""
+    from klpfs.control import protocol, runtime
+    from klpfs.control.client import Client, RequestError
+
+    builder = HERE.parent / "tools/conformance/build-modules"
+    where = subprocess.run([builder], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    times: list[tuple[float, str]] = []
+    for path in sorted(Path(where).glob("*.ko")):
+        with scratch() as (work, env):
+            klpfs("mount", str(work / "m"), env=env)
+            os.environ["XDG_RUNTIME_DIR"] = env["XDG_RUNTIME_DIR"]
+            (entry,) = runtime.running()
+            time.sleep(1)  # the engine starts in the background
+            data = path.read_bytes()
+            with Client(entry) as client:
+                start = time.perf_counter()
+                try:
+                    client.call(protocol.Insmod(data=data), protocol.Loaded)
+                except RequestError as error:
+                    print(f"load: {path.name}: {error}", file=sys.stderr)
+                    continue
+                times.append(((time.perf_counter() - start) * 1e3, path.stem))
+                start = time.perf_counter()
+                client.call(protocol.Ping(), protocol.Pong)
+                ping = (time.perf_counter() - start) * 1e3
+    slowest, name = max(times)
+    median = statistics.median(t for t, _ in times)
+    yield Result(f"insmod, median of {len(times)} modules", median, "ms", "a ping", median / ping, "50 ms")
+    yield Result(f"insmod, slowest ({name})", slowest, "ms", "a ping", slowest / ping, "50 ms")
+
+
 BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "read": bench_read,
     "start": bench_start,
     "run": bench_run,
     "pass": bench_pass,
     "many": bench_many,
+    "load": bench_load,
 }
 
 

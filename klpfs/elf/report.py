@@ -243,7 +243,7 @@ def _import(
     if export is None:
         if not weak:
             report.problem = "unknown symbol: neither the kernel nor any loaded module exports it"
-    elif elf.has_versions and export[0] is not None:
+    elif elf.has_versions and export[0] is not None and not getattr(table, "shipped", False):
         crc = elf.versions.get(name)
         if crc is None:
             report.problem = "no symbol version in the module"

@@ -25,7 +25,9 @@ import bisect
 import errno
 import json
 import struct
+import sys
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -44,6 +46,8 @@ DATA_DIR = Path(__file__).resolve().parent.parent / "kernel" / "data"
 _HAS_PREFIX, _HAS_FTRACE = 1, 2
 _PREFIX = "__pfx_"
 _PREFIX_SIZE = 16
+#: Symbols on either side of an address that a look-up decodes.
+_NEAR = 16
 _MASK32 = (1 << 32) - 1
 
 
@@ -81,6 +85,8 @@ class SymbolTable(Protocol):
 
 class ShippedTable:
     """The table in a file of klpfs; see the module's docstring for its format."""
+
+    shipped = True
 
     def __init__(self, path: Path | str) -> None:
         """Open a table. Raises OSError(ENOEXEC) when it is none."""
@@ -228,7 +234,38 @@ class ShippedTable:
 
     def addr_to_symbol(self, address: int) -> tuple[str, int, int] | None:
         """See :class:`SymbolTable`."""
-        return _addr_to_symbol(self._all, address)
+        rank = self._find(address)
+        near = range(max(rank - _NEAR, 0), min(rank + _NEAR, self.count))
+        rows: list[tuple[int, str, int, str]] = []
+        for other in near:
+            start, kind, flags = self._at(other)
+            rows.append((start, kind, other, ""))
+            if flags & _HAS_PREFIX:
+                rows.append((start - _PREFIX_SIZE, kind, other, _PREFIX))
+        rows.sort(key=lambda row: row[0])
+        # What lies just outside could change the answer near the ends only.
+        if not rows or not rows[0][0] + _PREFIX_SIZE < address < rows[-1][0] - 2 * _PREFIX_SIZE:
+            return _addr_to_symbol(self._all, address)
+        found = _addr_to_symbol([(start, kind, f"{i}") for i, (start, kind, _, _) in enumerate(rows)], address)
+        if found is None or found[0] == "0":
+            return _addr_to_symbol(self._all, address)
+        _, _, other, prefix = rows[int(found[0])]
+        return prefix + self._name(other), found[1], found[2]
+
+    @cached_property
+    def _lows(self) -> array[int]:
+        lows = array("H", self._data[self._start + self._low[0] : self._start + self._low[0] + 2 * self.count])
+        if sys.byteorder == "big":
+            lows.byteswap()
+        return lows
+
+    def _name(self, rank: int) -> str:
+        """The name of a symbol, by its number in address order."""
+        position = -1
+        while True:  # the low halves of two or three symbols are equal
+            position = self._lows.index(rank & 0xFFFF, position + 1)
+            if self._rank_high[position] == rank >> 16:
+                return self._block(position // BLOCK)[position % BLOCK]
 
     @cached_property
     def _all(self) -> list[tuple[int, str, str]]:

@@ -162,8 +162,10 @@ class _ModuleSymbols:
 class Kallsyms:
     """Name and address look-ups over vmlinux and all loaded modules."""
 
-    def __init__(self, table: SymbolTable) -> None:
+    def __init__(self, table: SymbolTable, *, check_versions: bool = True) -> None:
         self.table = table
+        self.check_versions = check_versions
+        """Whether the CRCs of *table* are those of the very kernel that modules are meant for."""
         self._modules: dict[str, _ModuleSymbols] = {}
         # modules by the address of their first function; no two overlap
         self._starts: list[int] = []

@@ -249,6 +249,10 @@ class Modules:
             # check_modstruct_version(): without versions, module_layout cannot be compared
             image.versions = {}
             self._try_to_force_load(image, "module_layout")
+        layout = self.kernel.kallsyms.table.exported("module_layout")
+        if layout is not None and not self._same_version(image, "module_layout", layout[0]):
+            # check_modstruct_version(): struct module itself is another one
+            raise OSError(errno.ENOEXEC, f"{image.name}: module_layout")
         magic = None if flags & MODULE_INIT_IGNORE_VERMAGIC else image.get_modinfo("vermagic")
         if magic is None:
             self._try_to_force_load(image, "bad vermagic")
@@ -389,16 +393,18 @@ class Modules:
 
         One without any versions passes, being a synthetic one or forced.
         """
-        if not crc or not mod.image.versions:
-            return
-        wanted = mod.image.versions.get(name)
+        if not self._same_version(mod.image, name, crc):
+            raise OSError(errno.EINVAL, name)
+
+    def _same_version(self, image: ModuleImage, name: str, crc: int | None) -> bool:
+        if not crc or not image.versions or not self.kernel.kallsyms.check_versions:
+            return True
+        wanted = image.versions.get(name)
         if wanted is None:
-            self._log.warn(f"{mod.name}: no symbol version for {name}")
+            self._log.warn(f"{image.name}: no symbol version for {name}")
         elif wanted != crc:
-            self._log.warn(f"{mod.name}: disagrees about version of symbol {name}")
-        else:
-            return
-        raise OSError(errno.EINVAL, name)
+            self._log.warn(f"{image.name}: disagrees about version of symbol {name}")
+        return wanted == crc
 
     async def _simplify_symbols(self, mod: Module) -> None:
         failure = 0

@@ -287,15 +287,20 @@ def test_symbol_versions(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(type(m.kallsyms.table), "exported", lambda self, name: (0x1234, False))
             undefined = [("_printk", False)]
             release = ("vermagic", f"another {m.profile.vermagic_flags} ")
-            await load(m, "good", release, undefined=undefined, versions={"_printk": 0x1234})
-            assert await load_errno(m, "bad", undefined=undefined, versions={"_printk": 0x4321}) == "EINVAL"
-            assert await load_errno(m, "none", undefined=undefined, versions={"other": 1}) == "EINVAL"
+            layout = {"module_layout": 0x1234}
+            await load(m, "good", release, undefined=undefined, versions={**layout, "_printk": 0x1234})
+            assert await load_errno(m, "bad", undefined=undefined, versions={**layout, "_printk": 0x4321}) == "EINVAL"
+            assert await load_errno(m, "none", undefined=undefined, versions={**layout, "other": 1}) == "EINVAL"
+            assert await load_errno(m, "old", undefined=undefined, versions={"module_layout": 1}) == "ENOEXEC"
             assert log(m) == [
                 "bad: disagrees about version of symbol _printk",
                 "bad: Unknown symbol _printk (err -22)",
                 "none: no symbol version for _printk",
                 "none: Unknown symbol _printk (err -22)",
+                "old: disagrees about version of symbol module_layout",
             ]
+            m.kallsyms.check_versions = False  # the table of another build of the same kernel
+            await load(m, "other", release, undefined=undefined, versions={"module_layout": 1, "_printk": 0x4321})
             await m.modules.load_module(
                 image(m, "forced", undefined=undefined, versions={"_printk": 1}), flags=IGNORE_MODVERSIONS
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from image_support import EXPORTS, RELEASE, SYMBOLS, TEXT, vmlinux
 
+from klpfs.elf import symbols
 from klpfs.elf.symbols import ListTable, ShippedTable, SymbolTable, open_table, shipped_table, write_table
 from klpfs.elf.vmlinux import KernelImage
 
@@ -164,3 +165,12 @@ def test_generator_makes_and_checks_a_table(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == "differs: _printk\n"
+
+
+def test_looking_up_addresses_one_by_one_gives_what_the_whole_table_gives() -> None:
+    shipped = shipped_table()
+    everything = list(shipped)
+    step = len(everything) // 1500
+    for i in range(0, len(everything), step):
+        for address in (everything[i][0] - 1, everything[i][0], everything[i][0] + 5):
+            assert shipped.addr_to_symbol(address) == symbols._addr_to_symbol(everything, address), hex(address)
