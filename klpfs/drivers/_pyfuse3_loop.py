@@ -22,6 +22,7 @@ import logging
 import os
 import select
 import threading
+import time
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
@@ -108,6 +109,17 @@ class _Nursery:
         self.loop.session = lambda: fn(*args)
 
 
+def _wait_until_gone(thread: threading.Thread) -> None:
+    """Wait until the system has forgotten a thread that was joined.
+
+    Joining waits for the Python part only; libfuse closes the thread's pipe after that, and loses it if the session is
+    destroyed first. Gives up after a second.
+    """
+    end = time.monotonic() + 1
+    while os.path.exists(f"/proc/self/task/{thread.native_id}") and time.monotonic() < end:
+        time.sleep(0.0002)
+
+
 class Loop:
     """pyfuse3's session loop in a thread. *nursery* runs the calls; create and use this on the trio thread."""
 
@@ -143,6 +155,7 @@ class Loop:
         thread.start()
         await done.wait()
         thread.join()
+        _wait_until_gone(thread)
         if errors:
             raise errors[0]
 
