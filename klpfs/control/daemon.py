@@ -132,14 +132,12 @@ def _run(config: MountConfig, entry: runtime.Entry, report: Callable[[Report], N
         raise StartError("usage", str(err)) from None
     table: SymbolTable | None = None
     if config.kernel_image or config.kallsyms:
-        from klpfs.elf.symbols import open_table
+        from klpfs.elf.symbols import given_table
 
-        source = config.kernel_image or config.kallsyms
         try:
-            loaded = open_table(image=config.kernel_image or None, kallsyms=config.kallsyms or None)
-        except OSError as err:
-            reason = err.strerror or str(err)
-            raise StartError("failed", reason if source in reason else f"{source}: {reason}") from None
+            loaded = given_table(config.kernel_image, config.kallsyms)
+        except ValueError as err:
+            raise StartError("failed", str(err)) from None
         table = loaded
         kernel = profile(config.kernel, release=config.release or loaded.release or None)
     ready = False

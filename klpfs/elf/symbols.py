@@ -394,20 +394,23 @@ def shipped_table(kernel: str = "6.12", fallback: str = "") -> ShippedTable:
     raise OSError(errno.ENOENT, f"klpfs ships no symbols of kernel {kernel}")
 
 
-def open_table(
-    *, kernel: str = "6.12", image: Path | str | None = None, kallsyms: Path | str | None = None
-) -> ShippedTable | ListTable:
-    """The table from a kernel image, else from a text file of symbols, else the one shipped for a version.
+def given_table(image: str | None, kallsyms: str | None) -> ListTable:
+    """The table from the file that a user has named as ``--kernel-image`` or ``--kallsyms``.
 
-    Raises OSError when the file cannot be used, or no table is shipped.
+    Raises ValueError that says what is wrong with it: for the user.
     """
-    if image is not None:
-        from klpfs.elf.vmlinux import KernelImage
+    if image and kallsyms:
+        raise ValueError("--kernel-image and --kallsyms exclude each other")
+    option, source = ("--kernel-image", image) if image else ("--kallsyms", kallsyms or "")
+    try:
+        if image:
+            from klpfs.elf.vmlinux import KernelImage
 
-        return ListTable.from_image(KernelImage.load(image))
-    if kallsyms is not None:
-        return ListTable.from_file(kallsyms)
-    return shipped_table(kernel)
+            return ListTable.from_image(KernelImage.load(image))
+        return ListTable.from_file(source)
+    except OSError as err:
+        reason = err.strerror or str(err)
+        raise ValueError(f"{option}: {reason}" if source in reason else f"{option} {source}: {reason}") from None
 
 
 def _entries(raw: bytes) -> Iterator[bytes]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from klpfs.world.options import EXIT_FAILED, Options
 
 if TYPE_CHECKING:
+    from klpfs.kernel.kallsyms import SymbolTable
     from klpfs.kernel.printk import Printk
     from klpfs.kernel.profile import Profile
     from klpfs.machine import Machine
@@ -60,15 +61,21 @@ def _detach(*keep: socket.socket) -> None:
         low = fd + 1
 
 
-def _choose(options: Options) -> Profile:
-    """The kernel to be. Raises _StartError."""
+def _choose(options: Options) -> tuple[Profile, SymbolTable | None]:
+    """The kernel to be, and the symbols of the one that was given (None: the shipped ones). Raises _StartError."""
     from klpfs.kernel.profile import profile
     from klpfs.world.libmodules import pick_release
 
     try:
         chosen = profile(options.kernel)
-        release = options.release or pick_release(chosen.name, chosen.release)
-        return chosen if release == chosen.release else profile(options.kernel, release=release)
+        release, table = options.release, None
+        if options.kernel_image or options.kallsyms:
+            from klpfs.elf.symbols import given_table
+
+            table = given_table(options.kernel_image, options.kallsyms)
+            release = release or table.release
+        release = release or pick_release(chosen.name, chosen.release)
+        return (chosen if release == chosen.release else profile(options.kernel, release=release)), table
     except ValueError as err:
         raise _StartError(str(err)) from None
 
@@ -113,7 +120,7 @@ def main(options: Options, to_front: socket.socket, to_init: socket.socket, sign
         gc.disable()  # a tenth of the time that imports take
         # what is wrong with an option is found out before trio is imported
         log_fd = _open_log(options.log) if options.log is not None else -1
-        kernel = _choose(options)
+        kernel, table = _choose(options)
         import trio
 
         from klpfs.kernel.clock import parse_clock
@@ -123,7 +130,7 @@ def main(options: Options, to_front: socket.socket, to_init: socket.socket, sign
         except ValueError as err:
             raise _StartError(f"--clock: {err}") from None
         os.chdir("/")
-        daemon = _Daemon(options, kernel, to_front, to_init, log_fd)
+        daemon = _Daemon(options, kernel, table, to_front, to_init, log_fd)
         trio.run(daemon.run, clock=clock)
     except _StartError as err:
         _report(to_front, str(err))
@@ -147,10 +154,17 @@ class _Daemon:
     """What runs under trio."""
 
     def __init__(
-        self, options: Options, kernel: Profile, to_front: socket.socket, to_init: socket.socket, log_fd: int
+        self,
+        options: Options,
+        kernel: Profile,
+        table: SymbolTable | None,
+        to_front: socket.socket,
+        to_init: socket.socket,
+        log_fd: int,
     ) -> None:
         self.options = options
         self.kernel = kernel
+        self.table = table
         self.to_front = to_front
         self.to_init = to_init
         self.log_fd = log_fd
@@ -163,7 +177,7 @@ class _Daemon:
         from klpfs.cpu.lazy import attach
         from klpfs.machine import open_machine
 
-        async with open_machine(self.kernel, cpus=self.options.cpus) as machine:
+        async with open_machine(self.kernel, cpus=self.options.cpus, table=self.table) as machine:
             attach(machine)
             if self.log_fd >= 0:
                 _LogFile(machine.printk, self.log_fd)

@@ -50,6 +50,8 @@ class Option(NamedTuple):
 OPTIONS: Final = (
     Option("--kernel", "PROFILE", "The kernel to emulate.", "6.12"),
     Option("--release", "RELEASE", "What uname -r answers (default: the profile's, or installed headers that fit it)."),
+    Option("--kernel-image", "FILE", "Take the kernel's symbols from this bzImage or vmlinux."),
+    Option("--kallsyms", "FILE", "Take them from this System.map or copy of /proc/kallsyms."),
     Option("--modules", "DIR", "Modules for modprobe: shown at /lib/modules/RELEASE, and indexed by depmod."),
     Option("--keep-uname", None, "Leave uname(2) and /proc/version to the host."),
     Option("--log", "FILE", "Write the emulated kernel's log to FILE as it grows."),
@@ -65,6 +67,8 @@ class Options:
 
     kernel: str = "6.12"
     release: str | None = None
+    kernel_image: str | None = None
+    kallsyms: str | None = None
     modules: str | None = None
     keep_uname: bool = False
     log: str | None = None

@@ -13,7 +13,7 @@ import pytest
 from image_support import EXPORTS, RELEASE, SYMBOLS, TEXT, vmlinux
 
 from klpfs.elf import symbols
-from klpfs.elf.symbols import ListTable, ShippedTable, SymbolTable, open_table, shipped_table, write_table
+from klpfs.elf.symbols import ListTable, ShippedTable, SymbolTable, given_table, shipped_table, write_table
 from klpfs.elf.vmlinux import KernelImage
 
 IMAGE = KernelImage(vmlinux())
@@ -89,11 +89,15 @@ def test_table_by_source(tmp_path: Path) -> None:
     image.write_bytes(vmlinux())
     text = tmp_path / "System.map"
     text.write_text("".join(f"{address:016x} {kind} {name}\n" for address, kind, name in SYMBOLS))
-    assert open_table(image=image).exported("_printk") == (0x11111111, False)
-    assert len(open_table(kallsyms=text).lookup("twice")) == 2
-    assert open_table(kernel="6.12").lookup("cmdline_proc_show")
+    assert given_table(str(image), None).exported("_printk") == (0x11111111, False)
+    assert len(given_table(None, str(text)).lookup("twice")) == 2
+    with pytest.raises(ValueError, match="--kernel-image and --kallsyms exclude each other"):
+        given_table(str(image), str(text))
+    with pytest.raises(ValueError, match=r"^--kallsyms .*nosuch: No such file or directory$"):
+        given_table(None, str(tmp_path / "nosuch"))
+    assert shipped_table("6.12").lookup("cmdline_proc_show")
     with pytest.raises(FileNotFoundError, match="ships no symbols of kernel 3"):
-        open_table(kernel="3")
+        shipped_table("3")
     assert shipped_table("3", "6.12").release.startswith("6.12")
 
 

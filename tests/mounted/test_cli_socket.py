@@ -224,8 +224,9 @@ def test_a_request_waits_for_nobody_else(mounted: Mounted) -> None:
     with connection(mounted) as sock:
         message = {"op": "insmod", "data": base64.b64encode(ko.read_bytes()).decode()}
         sock.sendall(json.dumps(message).encode() + b"\n")
-        wait_for(lambda: (mounted.path / "sys/module/slow_init").exists(), "the module's coming")
-        assert (mounted.path / "sys/module/slow_init/initstate").read_text() == "coming\n"
+        initstate = mounted.path / "sys/module/slow_init/initstate"
+        wait_for(initstate.exists, "the module's coming")
+        assert initstate.read_text() == "coming\n"
         assert ask(mounted, {"op": "status"})["ok"]
         assert lines(sock, 1)[0]["result"] == {"name": "slow_init"}
     mounted.cli.ok("rmmod", "slow_init")
