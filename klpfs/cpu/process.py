@@ -14,6 +14,7 @@ Source
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import select
@@ -60,8 +61,8 @@ class SandboxProcess:
         package = str(Path(__file__).resolve().parent.parent.parent)
         path = [package, *(entry for entry in sys.path if entry and entry != package and os.path.isdir(entry))]
         path += [entry for entry in sys.path if entry.endswith(".zip")]
-        # dup to numbers above those wanted: dup2 onto itself would leave the close-on-exec flag set
-        high = os.dup(theirs.fileno()), os.dup(memory_fd)
+        # copies with numbers above those wanted: dup2 onto itself would leave the close-on-exec flag set
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 5) for fd in (theirs.fileno(), memory_fd)]
         try:
             self.pid = os.posix_spawn(
                 sys.executable,
@@ -70,19 +71,15 @@ class SandboxProcess:
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, high[0], 100),
-                    (os.POSIX_SPAWN_DUP2, high[1], 101),
-                    (os.POSIX_SPAWN_DUP2, 100, 3),
-                    (os.POSIX_SPAWN_DUP2, 101, 4),
-                    (os.POSIX_SPAWN_CLOSE, 100),
-                    (os.POSIX_SPAWN_CLOSE, 101),
+                    (os.POSIX_SPAWN_DUP2, high[0], 3),
+                    (os.POSIX_SPAWN_DUP2, high[1], 4),
                 ],
                 setsid=True,
             )
         finally:
             theirs.close()
-            os.close(high[0])
-            os.close(high[1])
+            for fd in high:
+                os.close(fd)
 
     # -- sending ----------------------------------------------------------------------------------------------------
 

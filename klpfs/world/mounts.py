@@ -175,16 +175,16 @@ def place_tree(*, report: Callable[[int], None]) -> None:
     """
     try:
         os.listdir("/proc/sys/kernel")  # one READDIRPLUS instead of a LOOKUP for each name below
+        missing = [path for path in ("/sys/kernel", "/sys/module") if not os.path.isdir(path)]
+        if missing:  # no sysfs is mounted, or the host's kernel has no modules at all
+            overlay_dir("/sys")
+            for path in missing:
+                os.mkdir(path)
         kernel = os.open("/sys/kernel", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         sysapi.bind("/proc/sys/kernel", "/sys/kernel")
         bind_host_entries(kernel, "/sys/kernel")
         os.close(kernel)
-        if os.path.isdir("/sys/module"):
-            sysapi.bind("/proc/sys/module", "/sys/module")
-        else:  # a kernel without modules at all
-            overlay_dir("/sys")
-            os.mkdir("/sys/module")
-            sysapi.bind("/proc/sys/module", "/sys/module")
+        sysapi.bind("/proc/sys/module", "/sys/module")
         _bind_kmsg("/proc/dev/kmsg")
         sysapi.bind("/proc/proc", "/proc")
         hidden = f"/proc/{HIDDEN}"

@@ -27,28 +27,25 @@ import os
 import pty
 import re
 import select
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parents[2]
-TWINS = TOP / "tests/conformance/twins"
+import ordinary
+
+TWINS = ordinary.TOP / "tests/conformance/twins"
 BUILD_MODULES = Path(__file__).with_name("build-modules")
 USER = "klpfs-conformance"
 TEST_LINE = re.compile(r"^TEST: (.*) \.\.\. (.*)$")
 SECONDS = {"twin": 120, "selftest": 600}
 EXIT_FAILED = 125  # of klpfs run: there is no world
 COLUMN = 20  # the width of a column of the table
-SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclasses.dataclass
@@ -132,33 +129,6 @@ def judge(case: Case, output: str, status: int | None) -> Result:
     return Result(why, lines if why else [], subtests, 0)
 
 
-def runner(command: list[str], user: str | None) -> list[str]:
-    """*command* as *user* (None: as who we are)."""
-    if user is None:
-        return command
-    return ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", *command]
-
-
-def covers(base: Path, needed: list[Path]) -> list[str]:
-    """Commands that put *base* in the place of /tmp, and keep *needed* where they are, reachable for everybody: what
-    lies in a directory that only its owner may enter is seen in an empty one in its place."""
-    places = {Path("/tmp"): base}
-    commands = []
-    for path in needed:
-        closed = (parent for parent in reversed(path.parents) if not parent.stat().st_mode & 0o001)
-        place = Path("/tmp") if path.is_relative_to("/tmp") else next(closed, None)
-        if place is None:
-            continue
-        cover = places.setdefault(place, base / f"cover-{len(places)}")
-        target = cover / path.relative_to(place)
-        if target.exists():
-            continue
-        target.mkdir(parents=True)
-        commands.append(f"mount --rbind {shlex.quote(str(path))} {shlex.quote(str(target))}")
-    commands += [f"mount --rbind {cover} {shlex.quote(str(place))}" for place, cover in reversed(places.items())]
-    return commands
-
-
 def run_case(case: Case, modules: Path, user: str | None) -> Result:
     """Run one script inside ``klpfs run``."""
     # becomes the /tmp of the script
@@ -167,26 +137,14 @@ def run_case(case: Case, modules: Path, user: str | None) -> Result:
         work = base / "work"
         work.mkdir()
         prepare(case, work, modules)
-        # the interpreter as itself, not through .venv, whose links an ordinary user may not be able to follow
-        interpreter = Path(sys._base_executable)  # type: ignore[attr-defined]  # there since 3.3, and no other way
-        packages = Path(sysconfig.get_path("purelib")).resolve()
         script = ["bash", f"./{case.script.name}"]
-        command = [str(interpreter), "-m", "klpfs.cli", "run", "--"]
-        env = {
-            "PATH": SYSTEM_PATH,
-            "LC_ALL": "C",
-            "HOME": "/tmp",
-            "PYTHONPATH": f"{TOP}:{packages}",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
+        command = [*ordinary.KLPFS, "run", "--"]
+        env = ordinary.environment()
         if os.geteuid() == 0:
-            command += script
             base.chmod(0o1777)
             if user is not None:
                 shutil.chown(work, user, user)
-            needed = [TOP, packages, Path(sys.base_prefix)]
-            inner = " && ".join([*covers(base, needed), "cd /tmp/work", 'exec "$@"'])
-            command = ["unshare", "--mount", "sh", "-c", inner, "sh", *runner(command, user)]
+            command = [*ordinary.prefix(base, user), *command, *script]
         else:
             # who is not root can mount in a world only
             command += ["sh", "-c", f'mount --bind {base} /tmp && cd /tmp/work && exec "$@"', "sh", *script]
@@ -250,37 +208,6 @@ def execute(
             process.wait()
 
 
-@contextmanager
-def ordinary_user() -> Iterator[str]:
-    """A user account that exists during the block. Raises CalledProcessError."""
-    created = subprocess.run(["id", USER], capture_output=True, check=False).returncode != 0
-    if created:
-        # with subordinate ids, so that another user than root exists in the world: a twin changes owners
-        options = ["--system", "--add-subids-for-system", "--user-group", "--no-create-home"]
-        subprocess.run(["useradd", *options, USER], check=True)
-    try:
-        yield USER
-    finally:
-        if created:
-            subprocess.run(["userdel", USER], check=False, capture_output=True)
-
-
-def cannot_be_user() -> str:
-    """Why an ordinary user cannot have a world on this system, or ""."""
-    if not os.path.exists("/dev/fuse"):
-        return "there is no /dev/fuse"
-    if os.stat("/dev/fuse").st_mode & 0o006 != 0o006:
-        return "an ordinary user may not open /dev/fuse"
-    for name, allowed in (
-        ("kernel/unprivileged_userns_clone", "1"),
-        ("kernel/apparmor_restrict_unprivileged_userns", "0"),
-    ):
-        path = Path("/proc/sys", name)
-        if path.exists() and path.read_text().strip() != allowed:
-            return f"an ordinary user may not create user namespaces ({name})"
-    return ""
-
-
 def comment(lines: list[str], indent: str, limit: int | None) -> None:
     """Print *lines* as KTAP diagnostics."""
     shown = lines if limit is None else lines[:limit]
@@ -342,12 +269,12 @@ def main() -> int:
     print(f"KTAP version 1\n1..{len(ways)}")
     for number, way in enumerate(ways, 1):
         label = "as root" if way == "root" else "as an ordinary user"
-        reason = cannot_be_user() if way == "user" else ""
+        reason = ordinary.cannot_be_user() if way == "user" else ""
         if reason:
             print(f"ok {number} {label} # SKIP {reason}")
             continue
         if way == "user" and root:
-            with ordinary_user() as user:
+            with ordinary.ordinary_user(USER) as user:
                 results[label] = run_all(cases, modules, user, label, limit)
         else:
             results[label] = run_all(cases, modules, None, label, limit)
