@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A session on a mounted /sys/kernel/livepatch: every command is printed, run for real, and what it prints is checked.
+# Unmodified programs in a world of their own, then a session on a mounted /sys/kernel/livepatch: every command is printed,
+# run for real, and what it prints is checked.
 # Needs klpfs in PATH (make demo sees to it). Exits with 0 only if everything was as it has to be.
 set -euo pipefail
-modules=$(cd "$(dirname "$0")/modules" && pwd)
+examples=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d "${TMPDIR:-/tmp}/klpfs-demo.XXXXXX")
 cd "$work"
 export XDG_RUNTIME_DIR=$work/run LC_ALL=C.UTF-8  # a registry of its own: other mounts do not matter
@@ -50,13 +51,22 @@ within() {
     done
 }
 
+ln -s "$examples" examples
+ln -s examples/modules modules
+
+say "A runbook that knows nothing of klpfs, in a world of its own: Debian's insmod, rmmod and dmesg meet an emulated kernel"
+run "klpfs mkmod modules/{busy,busy_fix}.toml -o ."; prints ""
+run "klpfs run -- examples/rehearsal.sh"; ok
+has "livepatch_busy_fix: not complete after 2 s"; has "waits for"; has "busy_work_func"; has "exit status 1"
+has "livepatch_busy_fix: enabled"; has "livepatch: 'livepatch_busy_fix': unpatching complete"
+run "ls /sys/kernel/livepatch/livepatch_busy_fix"; [ "$rc" != 0 ] || fail "the world is still there"
+
 say "An emulated kernel, mounted in an ordinary directory"
 mkdir k
-ln -s "$modules" modules  # examples/modules
 run "klpfs mount k"; ok
 run "ls k"; prints $'dev\nproc\nsys'
 run "ln -s k/sys/kernel/livepatch klp; ls klp"; prints ""
-run "klpfs mkmod modules/{cmdline,busy,busy_fix}.toml -o ."; prints ""
+run "klpfs mkmod modules/cmdline.toml -o ."; prints ""
 run "modinfo -F livepatch livepatch_cmdline.ko"; prints Y
 
 say "A patch is enabled: /proc/cmdline comes from its new function"
