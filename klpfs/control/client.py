@@ -105,13 +105,15 @@ def _failure(error: protocol.ErrorInfo | None) -> Exception:
 
 
 def read_module(path: str) -> bytes:
-    """Read a module's file with the caller's own permissions. Raises OSError, with EFBIG above the socket's limit.
+    """Read a module's file with the caller's own permissions, unpacked if it is compressed, as kmod does.
 
-    EISDIR and EINVAL for what is not a regular file are finit_module(2)'s own (kernel/module/main.c and
-    kernel_read_file).
+    Raises OSError, with EFBIG above the socket's limit and EINVAL for a broken compression. EISDIR and EINVAL for what
+    is not a regular file are finit_module(2)'s own (kernel/module/main.c and kernel_read_file).
     """
     import errno
     import stat
+
+    from klpfs.elf.compression import is_compressed_module, unpack
 
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(fd, "rb") as file:
@@ -121,6 +123,8 @@ def read_module(path: str) -> bytes:
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         data = file.read(protocol.MAX_MODULE + 1)
+    if is_compressed_module(data):
+        data = unpack(data, protocol.MAX_MODULE) or b""
     if len(data) > protocol.MAX_MODULE:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     return data

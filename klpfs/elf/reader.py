@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from klpfs.elf import layouts as C
+from klpfs.elf.compression import is_compressed_module, unpack
 
 #: Largest module file that is taken, bytes.
 MAX_FILE = 64 << 20
@@ -167,9 +168,11 @@ class ElfModule:
 
     @classmethod
     def load(cls, path: Path | str) -> ElfModule:
-        """Read a file. Raises OSError when that fails, and as :meth:`parse`."""
+        """Read a file, a compressed one too. Raises OSError when that fails, and as :meth:`parse`."""
         with open(path, "rb") as file:
             data = file.read(MAX_FILE + 1)
+        if is_compressed_module(data):
+            data = unpack(data, MAX_FILE) or b""
         return cls.parse(data, str(path))
 
     @classmethod

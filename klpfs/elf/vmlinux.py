@@ -1,28 +1,23 @@
 """Symbols and types out of a kernel image: bzImage or vmlinux, whatever its compression.
 
 A distribution's kernel carries its own symbol table for kallsyms, compressed by a table of 256 tokens, and usually BTF.
-Both are found in the decompressed image without any symbol file. Decompression of gzip, xz, lzma and bzip2 is Python's
-own; zstd and lz4 are left to the C libraries that every Debian system has (libzstd.so.1, liblz4.so.1).
+Both are found in the decompressed image without any symbol file.
 
 Sources: Documentation/arch/x86/boot.rst (payload_offset), scripts/kallsyms.c (``write_src``), kernel/kallsyms.c
-(``kallsyms_expand_symbol``, ``kallsyms_sym_address``), scripts/Makefile.lib (size appended to the compressed image),
+(``kallsyms_expand_symbol``, ``kallsyms_sym_address``),
 Documentation/bpf/btf.rst, include/linux/export-internal.h (``__ksymtab``).
 """
 
 from __future__ import annotations
 
-import bz2
-import ctypes
-import ctypes.util
 import errno
-import lzma
 import struct
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from klpfs.elf.compression import CompressionError, unpack
 from klpfs.elf.layouts import KLP_LAYOUT, StructLayout, usable
 
 #: Largest image, compressed or not, bytes.
@@ -184,105 +179,16 @@ def decompress(data: bytes, filename: str = "vmlinuz") -> bytes:
         offset, length = struct.unpack_from("<II", data, 0x248)
         start = (setup + 1) * 512 + offset
         data = data[start : start + length]
-    for magic, method in _METHODS:
-        if data.startswith(magic):
-            try:
-                out = method(data)
-            except ImageError as exc:
-                raise ImageError(f"{filename}: {exc.strerror}", exc.errno or errno.ENOEXEC) from exc
-            except (zlib.error, lzma.LZMAError, EOFError, ValueError, OSError) as exc:
-                raise ImageError(f"{filename}: broken compressed kernel: {exc}") from exc
-            if out[:4] != b"\x7fELF":
-                raise ImageError(f"{filename}: the compressed data is no ELF file")
-            return out
-    raise ImageError(f"{filename}: neither bzImage nor vmlinux, or an unknown compression ({data[:4].hex()})")
-
-
-class _Decompressor(Protocol):
-    """What zlib's, lzma's and bz2's incremental decompressors have in common."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
-
-
-def _whole(decompressor: _Decompressor, data: bytes) -> bytes:
-    out = decompressor.decompress(data, MAX_IMAGE)
-    if not decompressor.eof:
-        raise ImageError(f"the compressed kernel is cut short, or larger than {MAX_IMAGE} bytes")
-    return out
-
-
-def _gunzip(data: bytes) -> bytes:
-    return _whole(zlib.decompressobj(zlib.MAX_WBITS | 16), data)
-
-
-def _unxz(data: bytes) -> bytes:
-    return _whole(lzma.LZMADecompressor(lzma.FORMAT_AUTO), data)
-
-
-def _bunzip2(data: bytes) -> bytes:
-    return _whole(bz2.BZ2Decompressor(), data)
-
-
-def _library(name: str, package: str) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(name)
-    except OSError as exc:
-        raise ImageError(
-            f"the kernel is compressed in a way that needs {name} (package {package})", errno.ENOPKG
-        ) from exc
-
-
-def _size_after(data: bytes) -> int:
-    """The size that the kernel's build appends to compressed data of formats that do not tell it."""
-    (size,) = struct.unpack_from("<I", data, len(data) - 4)
-    if not 0 < size <= MAX_IMAGE:
-        raise ImageError(f"an impossible size of {size} bytes")
-    return int(size)
-
-
-def _unzstd(data: bytes) -> bytes:
-    lib = _library("libzstd.so.1", "libzstd1")
-    for name in ("ZSTD_decompress", "ZSTD_findFrameCompressedSize"):
-        getattr(lib, name).restype = ctypes.c_size_t
-    lib.ZSTD_isError.argtypes = [ctypes.c_size_t]
-    out = ctypes.create_string_buffer(_size_after(data))
-    frame = lib.ZSTD_findFrameCompressedSize(data, ctypes.c_size_t(len(data)))
-    size = frame
-    if not lib.ZSTD_isError(frame):
-        size = lib.ZSTD_decompress(out, ctypes.c_size_t(len(out)), data, ctypes.c_size_t(frame))
-    if lib.ZSTD_isError(size):
-        raise ImageError("broken zstd data")
-    return out.raw[:size]
-
-
-def _unlz4(data: bytes) -> bytes:
-    """The legacy frame: blocks of up to 8 MB, each preceded by its compressed size."""
-    lib = _library("liblz4.so.1", "liblz4-1")
-    chunk = ctypes.create_string_buffer(8 << 20)
-    out = bytearray()
-    position = 4
-    while position + 8 <= len(data):  # the last four bytes are the size of the whole
-        (size,) = struct.unpack_from("<I", data, position)
-        block = data[position + 4 : position + 4 + size]
-        got = lib.LZ4_decompress_safe(block, chunk, len(block), len(chunk))
-        if got < 0 or len(block) < size or len(out) + got > MAX_IMAGE:
-            raise ImageError("broken lz4 data")
-        out += memoryview(chunk)[:got]
-        position += 4 + size
-    return bytes(out)
-
-
-_METHODS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
-    (b"\x1f\x8b", _gunzip),
-    (b"\xfd7zXZ\0", _unxz),
-    (b"\x5d\0\0", _unxz),
-    (b"BZh", _bunzip2),
-    (b"\x28\xb5\x2f\xfd", _unzstd),
-    (b"\x02\x21\x4c\x18", _unlz4),
-)
+        out = unpack(data, MAX_IMAGE, sized=True)
+    except CompressionError as err:
+        number = err.errno if err.errno == errno.ENOPKG else errno.ENOEXEC
+        raise ImageError(f"{filename}: {err.strerror}", number or errno.ENOEXEC) from err
+    if out is not None:
+        if out[:4] != b"\x7fELF":
+            raise ImageError(f"{filename}: the compressed data is no ELF file")
+        return out
+    raise ImageError(f"{filename}: neither bzImage nor vmlinux, or an unknown compression ({data[:4].hex()})")
 
 
 # -- kallsyms ----------------------------------------------------------------------------------------------------------

@@ -61,17 +61,17 @@ def _fail(number: int) -> OSError:
 
 def decompress(data: bytes) -> bytes:
     """A compressed module as the kernel unpacks it. Raises OSError: EINVAL for none, EOPNOTSUPP for zstd."""
-    import lzma
-    import zlib
+    from klpfs.elf.compression import CompressionError, unpack
 
+    if data[:4] == b"\x28\xb5\x2f\xfd":
+        raise _fail(errno.EOPNOTSUPP)
     try:
-        if data[:2] == b"\x1f\x8b":
-            return zlib.decompressobj(31).decompress(data, MODULE_SIZE_MAX)
-        if data[:6] == b"\xfd7zXZ\0":
-            return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(data, MODULE_SIZE_MAX)
-    except (zlib.error, lzma.LZMAError):
-        raise _fail(errno.EINVAL) from None
-    raise _fail(errno.EOPNOTSUPP if data[:4] == b"\x28\xb5\x2f\xfd" else errno.EINVAL)
+        out = unpack(data, MODULE_SIZE_MAX) if data[:2] in (b"\x1f\x8b", b"\xfd7") else None
+    except CompressionError:
+        out = None
+    if out is None:
+        raise _fail(errno.EINVAL)
+    return out
 
 
 class Syscalls:

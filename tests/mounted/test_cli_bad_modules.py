@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import os
 import random
 from collections.abc import Iterator
@@ -68,6 +70,14 @@ def test_files_that_are_no_modules(mounted: Mounted, good: Path) -> None:
     data = good.read_bytes()
     for length in (16, 52, 63, 64, 1000, len(data) - 1):
         refused(mounted, file(mounted, data[:length]), "Invalid module format")
+
+
+def test_broken_compression(mounted: Mounted, good: Path) -> None:
+    for data in (lzma.compress(good.read_bytes()), gzip.compress(good.read_bytes()), b"\x28\xb5\x2f\xfd" + bytes(20)):
+        refused(mounted, file(mounted, data[:-9]), "Invalid parameters")
+        assert mounted.cli.fails(1, "inspect", "bad.ko").startswith("klpfs: ")
+    bomb = file(mounted, gzip.compress(bytes(1 << 30)))
+    refused(mounted, bomb, "Invalid parameters")
 
 
 def test_modules_with_broken_bytes(mounted: Mounted, good: Path) -> None:

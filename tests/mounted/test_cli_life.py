@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gzip
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +136,22 @@ def test_parameters(mounted: Mounted) -> None:
     assert mounted.sh("cd $M/sys/module/tunable/parameters; cat count flag; echo 5 > count; cat count").stdout == (
         "16\nY\n5\n"
     )
+
+
+def test_compressed_modules(mounted: Mounted) -> None:
+    """As packages ship them; unpacked by the one who inserts, as by kmod."""
+    cli = mounted.cli
+    data = cli.module(patch("packed")).read_bytes()
+    lib = ctypes.CDLL("libzstd.so.1")
+    lib.ZSTD_compress.restype = ctypes.c_size_t
+    out = ctypes.create_string_buffer(len(data) + 4096)
+    size = lib.ZSTD_compress(out, ctypes.c_size_t(len(out)), data, ctypes.c_size_t(len(data)), 3)
+    for suffix, content in (("gz", gzip.compress(data)), ("xz", lzma.compress(data)), ("zst", out.raw[:size])):
+        path = cli.dir / f"packed.ko.{suffix}"
+        path.write_bytes(content)
+        assert cli.json("inspect", path)["loads"]
+        cli.ok("insmod", path)
+        (mounted.klp / "packed/enabled").write_text("0")
+        mounted.gone("packed")
+        mounted.sh("until [ $(cat $M/sys/module/packed/refcnt) = 0 ]; do :; done")
+        cli.ok("rmmod", path)
