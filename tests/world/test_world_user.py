@@ -123,6 +123,12 @@ SMALL_DEV = (
     "mkdir /tmp/dev/pts /tmp/dev/shm",
     "mount --move /tmp/dev /dev",
 )
+#: The capabilities that containers leave to root.
+CONTAINER = (
+    "+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+setpcap,+net_bind_service,+net_raw,+sys_chroot,+mknod,"
+    "+audit_write,+setfcap"
+)
+FEW_CAPABILITIES = f'set -- setpriv --bounding-set=-all,{CONTAINER} --inh-caps=-all "$@"'
 EMPTY = "mount -t tmpfs -o mode=755 none"
 
 
@@ -137,8 +143,21 @@ EMPTY = "mount -t tmpfs -o mode=755 none"
         ("umask 077",),
         ("ulimit -n 64",),
         ("mkdir gone", "cd gone", "rmdir ../gone"),
+        (FEW_CAPABILITIES,),
+        ('set -- setpriv --no-new-privs "$@"',),
     ],
-    ids=["dev", "sys", "sys-kernel", "modules", "read-only", "umask", "descriptors", "cwd"],
+    ids=[
+        "dev",
+        "sys",
+        "sys-kernel",
+        "modules",
+        "read-only",
+        "umask",
+        "descriptors",
+        "cwd",
+        "capabilities",
+        "no-new-privs",
+    ],
 )
 def test_odd_surroundings(run: Run, who: str | None, setup: tuple[str, ...], tmp_path: Path) -> None:
     build(tmp_path / "work", "cmdline")
