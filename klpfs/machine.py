@@ -122,7 +122,9 @@ class Machine:
     def _kmsg(self) -> None:
         from klpfs.kernel.devfs import KmsgOps
 
-        self.kernfs.create_file(self.kernfs.make_path("dev"), "kmsg", KmsgOps(self.printk), 0o644)
+        self.kmsg = KmsgOps(self.printk)
+        node = self.kernfs.create_file(self.kernfs.make_path("dev"), "kmsg", self.kmsg, 0o644)
+        self.printk.listeners.append(node.wake_pollers)
 
     def loader_notice(self) -> None:
         """Say once in the log that the code of real modules is not executed here."""

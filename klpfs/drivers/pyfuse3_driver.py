@@ -54,7 +54,7 @@ from klpfs.drivers.common import (
     passed_fd,
     quick_threads,
 )
-from klpfs.kernfs.files import Caller
+from klpfs.kernfs.files import Caller, StreamOps
 from klpfs.kernfs.tree import KernfsNode
 from klpfs.kernfs.vfs import ROOT_INO, SetAttr, Vfs
 
@@ -178,7 +178,8 @@ class _Operations(pyfuse3.Operations):
         attr.st_mode = node.st_mode
         attr.st_nlink = node.nlink
         attr.st_uid, attr.st_gid = self.vfs.ids(node)
-        attr.st_size = node.size
+        stream = node.ops if isinstance(node.ops, StreamOps) else None
+        attr.st_size = node.size if stream is None else stream.end_offset()
         attr.st_blksize = 4096
         attr.st_blocks = 0
         attr.st_atime_ns = node.atime_ns
@@ -188,7 +189,8 @@ class _Operations(pyfuse3.Operations):
         # A provider's node is looked up on each walk, which brings its attributes; a second covers the stat that
         # follows.
         attr.entry_timeout = FOREVER if static else 0
-        attr.attr_timeout = FOREVER if static else 1
+        # asked at each seek from the end of a stream
+        attr.attr_timeout = 0 if stream is not None else FOREVER if static else 1
         return attr
 
     def remember(self, node: KernfsNode) -> bool:

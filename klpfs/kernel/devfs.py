@@ -6,9 +6,10 @@ Source
 
 from __future__ import annotations
 
+import errno
 import os
 
-from klpfs.kernel.kmsg import KmsgReader
+from klpfs.kernel.kmsg import KmsgReader, seek_offset
 from klpfs.kernel.printk import Printk
 from klpfs.kernfs import STREAM_SIZE, OpenFile, StreamOps
 
@@ -22,6 +23,8 @@ class KmsgOps(StreamOps):
 
     def __init__(self, printk: Printk) -> None:
         self._printk = printk
+        self.seek_hint = 0
+        """Where a supervisor has just moved an open file; it calls fsync(2) on it to make that known at once."""
 
     def open(self, file: OpenFile) -> None:
         """Start at the oldest record."""
@@ -41,6 +44,17 @@ class KmsgOps(StreamOps):
     async def write(self, file: OpenFile, data: bytes, offset: int) -> int:
         """Log one record. Raises OSError(EINVAL) for one that is too long."""
         return self.reader(file).write(data)
+
+    def end_offset(self) -> int:
+        """The place behind the last record, as of now."""
+        return seek_offset(self._printk, os.SEEK_END) if self.size else 0
+
+    def fsync(self, file: OpenFile) -> None:
+        """The device has no such function; what is told with this call is :attr:`seek_hint`."""
+        hint, self.seek_hint = self.seek_hint, 0
+        if not hint:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self.reader(file).moved(hint)
 
     def poll(self, file: OpenFile) -> int:
         """See :meth:`klpfs.kernel.kmsg.KmsgReader.poll`."""

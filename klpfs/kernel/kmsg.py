@@ -41,6 +41,7 @@ __all__ = [
     "record_print_text",
     "render_dmesg",
     "render_record",
+    "seek_offset",
 ]
 
 SYSLOG_ACTION_CLOSE: Final = 0
@@ -59,6 +60,9 @@ OFFSET_END: Final = 1 << 61
 """A read at this offset follows lseek(fd, 0, SEEK_END): the size that the file claims (see KmsgReader.read_at)."""
 OFFSET_DATA: Final = 1 << 60
 """A read at this offset follows lseek(fd, 0, SEEK_DATA), if someone who saw that call has moved the file there."""
+OFFSET_SEQ: Final = 1 << 62
+"""A read at this offset or beyond follows a seek to the record whose number is in the bits above OFFSET_SEQ_SHIFT."""
+OFFSET_SEQ_SHIFT: Final = 24  # more than any record is long: no read leads from one such offset to another one
 
 PRINTK_MESSAGE_MAX: Final = 2048
 """Size of the buffer in which one record is rendered, its terminator included."""
@@ -176,6 +180,12 @@ def devkmsg_write(printk: Printk, data: bytes, *, caller: str | None = None) -> 
     return len(data)
 
 
+def seek_offset(printk: Printk, whence: int) -> int:
+    """The file offset that stands for ``lseek(fd, 0, whence)`` of now: SEEK_DATA or SEEK_END. Any thread."""
+    seq = printk.clear_seq if whence == os.SEEK_DATA else printk.next_seq
+    return OFFSET_SEQ + (seq << OFFSET_SEQ_SHIFT)
+
+
 class KmsgReader:
     """One open /dev/kmsg. A new one stands before the oldest record there is."""
 
@@ -223,17 +233,25 @@ class KmsgReader:
     async def read_at(self, size: int, offset: int, *, nonblock: bool = False) -> bytes:
         """:meth:`read` for a file system that is told the offset of each read, but nothing of lseek(2).
 
-        If ``offset`` is not where the last read ended, 0 means SEEK_SET, :data:`OFFSET_DATA` SEEK_DATA, and
-        :data:`OFFSET_END` SEEK_END. Any other offset is ignored, as the device ignores them all.
+        If ``offset`` is not where the last read ended, 0 means SEEK_SET, :data:`OFFSET_DATA` SEEK_DATA,
+        :data:`OFFSET_END` SEEK_END, and :func:`seek_offset` tells of a seek as of the time when it was called. Any
+        other offset is ignored, as the device ignores them all.
         """
-        if offset != self._offset:
-            whence = {0: os.SEEK_SET, OFFSET_DATA: os.SEEK_DATA, OFFSET_END: os.SEEK_END}.get(offset)
-            if whence is not None:
-                self.seek(0, whence)
-            self._offset = offset
+        self.moved(offset)
         data = await self.read(size, nonblock=nonblock)
         self._offset = offset + len(data)
         return data
+
+    def moved(self, offset: int) -> None:
+        """The file's offset is ``offset`` now: see :meth:`read_at`."""
+        if offset == self._offset:
+            return
+        whence = {0: os.SEEK_SET, OFFSET_DATA: os.SEEK_DATA, OFFSET_END: os.SEEK_END}.get(offset)
+        if whence is not None:
+            self.seek(0, whence)
+        elif offset >= OFFSET_SEQ and not offset & (1 << OFFSET_SEQ_SHIFT) - 1:
+            self.seq = (offset - OFFSET_SEQ) >> OFFSET_SEQ_SHIFT
+        self._offset = offset
 
     def seek(self, offset: int, whence: int) -> int:
         """lseek(2). SEEK_SET: the oldest record; SEEK_DATA: the first after the last clear; SEEK_END: after the last.

@@ -121,6 +121,9 @@ class FileOps:
         """Streams only: take *data*; the number of bytes consumed. On the trio thread. Raises OSError."""
         raise OSError(self.write_errno, os.strerror(self.write_errno))
 
+    def fsync(self, file: OpenFile) -> None:
+        """fsync(2): nothing to do. Raises OSError."""
+
     def poll(self, file: OpenFile) -> int:
         """The poll(2) mask of *file* now. Wakers call :meth:`KernfsNode.notify`.
 
@@ -220,9 +223,10 @@ class StreamOps(FileOps):
 
     Offsets: a FUSE server is not told of ``lseek``; it sees the offset of the next read. So a stream must take the
     offset as a hint only: 0 after some reads means that somebody rewound; :data:`STREAM_SIZE` (when ``size`` is that)
-    or more means ``SEEK_END``; ``SEEK_DATA`` moves to 0 unless somebody who sees the system call (a seccomp
-    supervisor) sets the shared offset to :data:`STREAM_SEEK_DATA`; anything else continues. ``file.nonblock`` tells
-    whether to answer EAGAIN instead of blocking.
+    or more means ``SEEK_END`` (a driver that is asked at each seek lets it lead to :meth:`end_offset`); ``SEEK_DATA``
+    moves to 0 unless somebody who sees the system call (a seccomp supervisor) sets the shared offset to
+    :data:`STREAM_SEEK_DATA`; anything else continues. ``file.nonblock`` tells whether to answer EAGAIN instead of
+    blocking.
     """
 
     is_stream = True
@@ -231,6 +235,10 @@ class StreamOps(FileOps):
     strict_open = False
     readable = True
     writable = True
+
+    def end_offset(self) -> int:
+        """The offset to which ``SEEK_END`` leads now. Any thread."""
+        return self.size
 
 
 class OpenFile:

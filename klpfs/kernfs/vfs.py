@@ -337,8 +337,9 @@ class Vfs:
         return mask
 
     def fsync(self, fh: int) -> None:
-        """fsync(2): nothing to do. Raises OSError(EBADF)."""
-        self.file(fh)
+        """fsync(2), which a few files make something of. Raises OSError: EBADF, or what the file raises."""
+        file = self.file(fh)
+        file.ops.fsync(file)
 
     def release(self, fh: int) -> None:
         """The last descriptor of *fh* was closed. Unknown handles are ignored."""

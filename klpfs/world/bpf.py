@@ -3,8 +3,8 @@
 Model
     A classic BPF program for each process of the world. Calls that are not of interest are allowed without a look at
     their arguments, which the kernel remembers in a bitmap, so that they cost nothing. Of the others, some depend on an
-    argument: ``kill`` only with a pid that no real process of the world can have, ``lseek`` only with SEEK_DATA or an
-    offset of zero from the end. The program is written here rather than by libseccomp because that cannot compare an
+    argument: ``kill`` only with a pid that no real process of the world can have, ``lseek`` not from the beginning or
+    the current place. The program is written here rather than by libseccomp because that cannot compare an
     argument with both ends of a range.
 
     Programs of the other word sizes (i386, x32) are covered with their own numbers.
@@ -38,6 +38,7 @@ FIRST_HIGH_PID: Final = 4_194_305
 
 SEEK_END: Final = 2
 SEEK_DATA: Final = 3
+SEEK_HOLE: Final = 4
 
 # offsets in struct seccomp_data, little endian
 _NR, _ARCH = 0, 4
@@ -61,7 +62,7 @@ ABIS: Final[dict[int, dict[str, int]]] = {
     AUDIT_ARCH_I386: {
         "init_module": 128, "delete_module": 129, "finit_module": 350, "syslog": 103, "uname": 122, "lseek": 19,
         "kill": 37, "tkill": 238, "tgkill": 270, "rt_sigqueueinfo": 178, "rt_tgsigqueueinfo": 335,
-        "pidfd_open": 434, "pidfd_send_signal": 424, "getpid": 20,
+        "pidfd_open": 434, "pidfd_send_signal": 424, "getpid": 20, "_llseek": 140, "olduname": 109, "oldolduname": 59,
     },
     AUDIT_ARCH_AARCH64: {
         "init_module": 105, "delete_module": 106, "finit_module": 273, "syslog": 116, "uname": 160, "lseek": 62,
@@ -112,17 +113,15 @@ def _pid_rule(args: Iterable[int]) -> Rule:
     return rule
 
 
-def _lseek_rule() -> Rule:
-    """Notify for ``lseek(fd, any, SEEK_DATA)`` and ``lseek(fd, 0, SEEK_END)``: what readers of /dev/kmsg use."""
+def _lseek_rule(whence: int) -> Rule:
+    """Notify for what readers of /dev/kmsg use: SEEK_END, SEEK_DATA, SEEK_HOLE. *whence*: which argument that is."""
     return Rule(
         [
-            _stmt(_LD, _low(2)),
-            Instruction(_JEQ, 4, 0, SEEK_DATA),
-            Instruction(_JEQ, 0, 2, SEEK_END),
-            _stmt(_LD, _low(1)),
-            Instruction(_JEQ, 1, 0, 0),
-            _ALLOW,
+            _stmt(_LD, _low(whence)),
+            Instruction(_JGE, 0, 2, SEEK_END),
+            Instruction(_JGE, 1, 0, SEEK_HOLE + 1),
             _NOTIFY,
+            _ALLOW,
         ]
     )
 
@@ -137,11 +136,15 @@ def rules(abi: dict[str, int], *, keep_uname: bool, traps: Collection[str]) -> d
     for name in ALWAYS:
         out[abi[name]] = notify
     if not keep_uname:
-        out[abi["uname"]] = notify
+        for name in ("uname", "olduname", "oldolduname"):
+            if name in abi:
+                out[abi[name]] = notify
     for name, args in BY_PID.items():
         out[abi[name]] = _pid_rule(args)
     out[abi["pidfd_send_signal"]] = notify
-    out[abi["lseek"]] = _lseek_rule()
+    out[abi["lseek"]] = _lseek_rule(2)
+    if "_llseek" in abi:
+        out[abi["_llseek"]] = _lseek_rule(4)
     for name in traps:
         if not any(name in table for table in ABIS.values()):
             known = ", ".join(sorted(set(ABIS[AUDIT_ARCH_X86_64]) - set(ALWAYS) - set(BY_PID)))

@@ -250,9 +250,7 @@ class _Daemon:
                 if node is not None and node.ops is not None:
                     path = f"sys/kernel/{name}"
                     setattr(node.ops, "show", lambda caller, path=path: proc.read(path))  # noqa: B010
-        kmsg = kernfs.lookup("dev/kmsg")
-        assert kmsg is not None and kmsg.ops is not None
-        kmsg.ops.size = 0  # as the device has; the supervisor sees seeks from the end
+        machine.kmsg.size = 0  # as the device has; the supervisor sees seeks from the end
 
     # -- what pid 1 sends ---------------------------------------------------------------------------------------------
 

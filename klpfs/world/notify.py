@@ -141,9 +141,7 @@ class Call:
     def dup_fd(self, fd: int) -> int:
         """A duplicate of the caller's descriptor *fd*. Raises OSError(EBADF)."""
         try:
-            with open(f"/proc/{self.pid}/status", "rb") as file:
-                tgid = int(next(line for line in file if line.startswith(b"Tgid:")).split()[1])
-            pidfd = sysapi.pidfd_open(tgid)
+            pidfd = self._pidfd()
             try:
                 dup = sysapi.pidfd_getfd(pidfd, fd)
             finally:
@@ -156,6 +154,17 @@ class Call:
             os.close(dup)
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return dup
+
+    def _pidfd(self) -> int:
+        """A pidfd of the calling thread: it may have a table of descriptors of its own."""
+        try:
+            return sysapi.pidfd_open(self.pid, sysapi.PIDFD_THREAD)
+        except OSError as err:
+            if err.errno != errno.EINVAL:
+                raise
+        with open(f"/proc/{self.pid}/status", "rb") as file:
+            tgid = int(next(line for line in file if line.startswith(b"Tgid:")).split()[1])
+        return sysapi.pidfd_open(tgid)
 
     def _reopen(self, fd: int) -> int:
         """Where descriptors cannot be duplicated (before Linux 5.6): the same file, opened again."""

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
+PIDFD_THREAD: Final = os.O_EXCL  # Linux 6.9
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWUSER: Final = 0x10000000
 CLONE_NEWPID: Final = 0x20000000
@@ -114,9 +115,9 @@ def set_title(title: str) -> None:
     ctypes.memmove(start, text.ljust(room - 1, b"\0") + b" ", room)
 
 
-def pidfd_open(pid: int) -> int:
+def pidfd_open(pid: int, flags: int = 0) -> int:
     """``pidfd_open(2)``."""
-    return _check(_libc.syscall(_SYS_PIDFD_OPEN, ctypes.c_int(pid), ctypes.c_uint(0)))
+    return _check(_libc.syscall(_SYS_PIDFD_OPEN, ctypes.c_int(pid), ctypes.c_uint(flags)))
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:

@@ -5,6 +5,7 @@ Model
     that name a pid below 300 or above the host's largest are about emulated tasks, unless the caller lives in a PID
     namespace of its own, where such a pid is its own business. ``lseek`` matters for /dev/kmsg alone, which is a FUSE
     file, whose server is not told of seeks: the offset of the open file is set to a number by which it can tell.
+    Concurrent ``finit_module`` of one file is one load, and all callers get its result.
 
     System calls named by ``--trap`` go to the host as long as nobody replaces the function behind them.
 
@@ -20,6 +21,7 @@ Source
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import struct
@@ -28,10 +30,9 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from klpfs.kernel.kmsg import Syslog
-from klpfs.kernfs import STREAM_SEEK_DATA, STREAM_SIZE
+from klpfs.kernel.kmsg import Syslog, seek_offset
 from klpfs.world import sysapi
-from klpfs.world.bpf import AUDIT_ARCH_I386, FIRST_HIGH_PID, RESERVED_PIDS, SEEK_DATA
+from klpfs.world.bpf import AUDIT_ARCH_I386, SEEK_HOLE
 from klpfs.world.hostproc import CAP_SYS_MODULE, CAP_SYSLOG
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ ELF_HEADER_SIZE: Final = 64
 MODULE_SIZE_MAX: Final = 1 << 28
 #: Longest parameter string that is read, in bytes (the kernel takes any).
 ARGS_MAX: Final = 1 << 20
+O_PATH: Final = 0o10000000
 PER_MASK, PER_LINUX32 = 0xFF, 0x08
 
 
@@ -60,18 +62,48 @@ def _fail(number: int) -> OSError:
 
 
 def decompress(data: bytes) -> bytes:
-    """A compressed module as the kernel unpacks it. Raises OSError: EINVAL for none, EOPNOTSUPP for zstd."""
+    """A compressed module as Debian's kernel unpacks it, which knows xz only. Raises OSError(EINVAL)."""
     from klpfs.elf.compression import CompressionError, unpack
 
-    if data[:4] == b"\x28\xb5\x2f\xfd":
-        raise _fail(errno.EOPNOTSUPP)
     try:
-        out = unpack(data, MODULE_SIZE_MAX) if data[:2] in (b"\x1f\x8b", b"\xfd7") else None
+        out = unpack(data, MODULE_SIZE_MAX) if data.startswith(b"\xfd7zXZ\0") else None
     except CompressionError:
         out = None
     if out is None:
         raise _fail(errno.EINVAL)
     return out
+
+
+def _read_file(fd: int, st: os.stat_result) -> bytes:
+    """``kernel_read_file``. Raises OSError: EINVAL, EFBIG, ETXTBSY for a file that somebody may write to."""
+    if not stat.S_ISREG(st.st_mode):
+        raise _fail(errno.EINVAL)
+    try:
+        # deny_write_access() has no counterpart, but a lease for reading is refused for the same reason
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as err:
+        if err.errno == errno.EAGAIN:
+            raise _fail(errno.ETXTBSY) from None
+        # somebody else's file, or a file system without leases: nothing can be told
+    if st.st_size > MODULE_SIZE_MAX:
+        raise _fail(errno.EFBIG)
+    parts = []
+    offset = 0
+    while piece := os.pread(fd, 1 << 20, offset):
+        parts.append(piece)
+        offset += len(piece)
+    if not parts:
+        raise _fail(errno.EINVAL)
+    return b"".join(parts)
+
+
+class _Load:
+    """A load from a file on its way; *error* is its errno, 0 for success."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error = 0
 
 
 class Syscalls:
@@ -93,7 +125,9 @@ class Syscalls:
         self.tasks = tasks
         self.interrupts = interrupts
         self.syslog_state = Syslog(machine.printk)
+        self._kmsg = machine.kmsg
         self._pidfds: dict[int, Task] = {}
+        self._loads: dict[tuple[int, int], _Load] = {}
         self._own_uts = os.stat("/proc/self/ns/uts").st_ino
         # how far down in the list of a thread's numbers is the one that the world knows
         self._depth = len(_nspid(init_pid)) - 1
@@ -109,8 +143,10 @@ class Syscalls:
 
     def register(self, supervisor: Supervisor) -> None:
         """Enter the handlers into *supervisor*."""
-        supervisor.fast["uname"] = self.uname
-        supervisor.fast["lseek"] = self.lseek
+        for name in ("uname", "olduname", "oldolduname"):
+            supervisor.fast[name] = self.uname
+        for name in ("lseek", "_llseek"):
+            supervisor.fast[name] = self.lseek
         supervisor.fast["pidfd_send_signal"] = self.no_pidfd
         for name in self._addresses:
             supervisor.fast[name] = self.not_hooked
@@ -158,7 +194,7 @@ class Syscalls:
 
     async def _load(self, call: Call, tid: int, data: bytes, args: bytes, flags: int) -> None:
         with self.tasks.in_kernel(self.tasks.ensure(tid)):
-            await self.machine.init_module(data, args.decode("latin-1"), flags=flags)
+            await self.machine.init_module(data, args.decode("utf-8", "surrogateescape"), flags=flags)
         call.answer(0)
 
     async def init_module(self, call: Call) -> None:
@@ -178,30 +214,33 @@ class Syscalls:
         flags = call.int_arg(2)
         if flags & ~MODULE_INIT_FLAGS:
             raise _fail(errno.EINVAL)
-        # in a thread: the file may lie in the emulated tree, and waits for this one then
-        data = await trio.to_thread.run_sync(self._read_file, call, call.int_arg(0))
-        if flags & MODULE_INIT_COMPRESSED_FILE:
-            data = await trio.to_thread.run_sync(decompress, data)
-        await self._load(call, tid, data, call.read_string(call.args[1], ARGS_MAX), flags)
-
-    @staticmethod
-    def _read_file(call: Call, number: int) -> bytes:
-        """``kernel_read_file``."""
-        fd = call.dup_fd(number)
+        fd = call.dup_fd(call.int_arg(0))
         try:
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | O_PATH) not in (os.O_RDONLY, os.O_RDWR):
+                raise _fail(errno.EBADF)
             st = os.fstat(fd)
-            if not stat.S_ISREG(st.st_mode):
-                raise _fail(errno.EINVAL)
-            if st.st_size > MODULE_SIZE_MAX:
-                raise _fail(errno.EFBIG)
-            parts = []
-            offset = 0
-            while piece := os.pread(fd, 1 << 20, offset):
-                parts.append(piece)
-                offset += len(piece)
-            if not parts:
-                raise _fail(errno.EINVAL)
-            return b"".join(parts)
+            inode = st.st_dev, st.st_ino
+            running = self._loads.get(inode)
+            if running is not None:
+                # idempotent_wait_for_completion
+                await self.interrupts.guard(tid, running.done.wait)
+                if running.error:
+                    raise _fail(running.error)
+                call.answer(0)
+                return
+            load = self._loads[inode] = _Load()
+            try:
+                # in a thread: the file may lie in the emulated tree, and waits for this one then
+                data = await trio.to_thread.run_sync(_read_file, fd, st)
+                if flags & MODULE_INIT_COMPRESSED_FILE:
+                    data = await trio.to_thread.run_sync(decompress, data)
+                await self._load(call, tid, data, call.read_string(call.args[1], ARGS_MAX), flags)
+            except OSError as err:
+                load.error = err.errno or errno.EIO
+                raise
+            finally:
+                del self._loads[inode]
+                load.done.set()
         finally:
             os.close(fd)
 
@@ -212,7 +251,7 @@ class Syscalls:
         if not name or len(name) >= MODULE_NAME_LEN:
             raise _fail(errno.ENOENT)
         with self.tasks.in_kernel(self.tasks.ensure(tid)):
-            await self.machine.delete_module(name.decode("latin-1"), call.int_arg(1))
+            await self.machine.delete_module(name.decode("utf-8", "surrogateescape"), call.int_arg(1))
         call.answer(0)
 
     # -- the log ------------------------------------------------------------------------------------------------------
@@ -233,20 +272,38 @@ class Syscalls:
         call.answer(result)
 
     def lseek(self, call: Call) -> bool:
-        """``lseek(fd, 0, SEEK_DATA or SEEK_END)``."""
+        """``lseek`` and ``_llseek`` (i386) with SEEK_END and beyond: ``devkmsg_llseek``."""
+        if call.name == "_llseek":
+            offset, whence = (call.args[1] & 0xFFFFFFFF) << 32 | call.args[2] & 0xFFFFFFFF, call.int_arg(4)
+        else:
+            offset, whence = call.args[1], call.int_arg(2)
+        number = call.int_arg(0)
         try:
-            path = os.readlink(f"/proc/{call.pid}/fd/{call.int_arg(0)}")
+            path = os.readlink(f"/proc/{call.pid}/fd/{number}")
         except OSError:
             path = ""
-        if path != "/dev/kmsg" or call.args[1]:
+        if path != "/dev/kmsg":
             call.proceed()
             return True
-        fd = call.dup_fd(call.int_arg(0))
+        fd = call.dup_fd(number)
         try:
-            # the offset belongs to the open file, which this descriptor shares; the next read brings it to the server
-            os.lseek(fd, STREAM_SEEK_DATA if call.int_arg(2) == SEEK_DATA else STREAM_SIZE, os.SEEK_SET)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):  # the host's
+                call.proceed()
+                return True
+            if offset:
+                raise _fail(errno.ESPIPE)
+            if whence == SEEK_HOLE:
+                raise _fail(errno.EINVAL)
+            # the offset belongs to the open file, which this descriptor shares; the next read brings it to the server,
+            # and fsync does at once, for those who poll before they read
+            where = seek_offset(self.machine.printk, whence)
+            os.lseek(fd, where, os.SEEK_SET)
+            self._kmsg.seek_hint = where
+            os.fsync(fd)
         finally:
             os.close(fd)
+        if call.name == "_llseek":
+            call.write(call.args[3], bytes(8))
         call.answer(0)
         return True
 
@@ -272,7 +329,15 @@ class Syscalls:
             machine = "i686" if personality & PER_MASK == PER_LINUX32 else machine
         profile = self.machine.profile
         fields = (own.sysname, node, profile.release, profile.kernel_version, machine, domain)
-        call.write(call.args[0], struct.pack("65s" * 6, *(f.encode()[:64] for f in fields)))
+        # struct new_utsname, old_utsname, and oldold_utsname
+        count, size = {"uname": (6, 65), "olduname": (5, 65), "oldolduname": (5, 9)}[call.name]
+        data = struct.pack(f"{size}s" * count, *(f.encode()[: size - 1] for f in fields[:count]))
+        try:
+            call.write(call.args[0], data)
+        except OSError:
+            # a bad pointer, or a program that its user may not read: then its memory is closed to the daemon as well
+            call.proceed()
+            return True
         call.answer(0)
         return True
 
@@ -429,6 +494,3 @@ def _names_in(pid: int) -> tuple[str, str]:
     thread.start()
     thread.join()
     return names[0], names[1]
-
-
-assert RESERVED_PIDS < FIRST_HIGH_PID < STREAM_SEEK_DATA

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import gzip
 import lzma
+import os
+import select
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,3 +158,28 @@ def test_compressed_modules(mounted: Mounted) -> None:
         mounted.gone("packed")
         mounted.sh("until [ $(cat $M/sys/module/packed/refcnt) = 0 ]; do :; done")
         cli.ok("rmmod", path)
+
+
+def test_waiting_for_the_log(mounted: Mounted) -> None:
+    """poll(2) on dev/kmsg returns with a record; with pyfuse3 a seek to the end means the end as it was then."""
+    fd = os.open(mounted.path / "dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        while True:
+            try:
+                os.read(fd, 8192)
+            except BlockingIOError:
+                break
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        for text in ("one", "two"):
+            with subprocess.Popen(["bash", "-c", f"sleep 0.2; echo {text} > {mounted.path}/dev/kmsg"]):
+                assert poller.poll(20_000) == [(fd, select.POLLIN)]
+            assert os.read(fd, 8192).endswith(f";{text}\n".encode())
+        os.lseek(fd, 0, os.SEEK_END)
+        if mounted.cli.entries()[0]["driver"] == "pyfuse3":
+            mounted.sh("echo three > $M/dev/kmsg")
+            assert os.read(fd, 8192).endswith(b";three\n")
+        with pytest.raises(BlockingIOError):
+            os.read(fd, 8192)
+    finally:
+        os.close(fd)

@@ -256,4 +256,100 @@ END
         """,
         cwd=tmp_path,
     )
-    assert out == ["2", "0 ", "0 ", "-1 Invalid argument", "3"]
+    # the kernel unpacks what it was configured for, which is xz
+    assert out == ["2", "0 ", "-1 ", "-1 Invalid argument", "2"]
+
+
+def test_concurrent_loads_of_one_file_are_one_load(tmp_path: Path) -> None:
+    """finit_module(2) gives all of them the result of the first; init_module(2) of the same module does not."""
+    build(tmp_path, 'name = "long"\nkind = "module"\n[init]\nduration = 0.5\nlog = "ready"\n')
+    (tmp_path / "fail").mkdir()
+    build(tmp_path / "fail", 'name = "sour"\nkind = "module"\n[init]\nduration = 0.5\nret = -12\n')
+    out = script(
+        """
+        for i in 1 2 3; do insmod long.ko & done; wait %1; echo $?; wait %2; echo $?; wait %3; echo $?
+        dmesg | grep -c ready; insmod long.ko
+        insmod fail/sour.ko & insmod fail/sour.ko & wait
+        """,
+        cwd=tmp_path,
+        check=False,
+    )
+    sour = "insmod: ERROR: could not insert module fail/sour.ko: Cannot allocate memory"
+    assert out == [
+        *("0", "0", "0", "1"),
+        "insmod: ERROR: could not insert module long.ko: File exists",
+        *(sour, sour),
+    ]
+
+
+def test_a_file_that_somebody_may_write_to(tmp_path: Path) -> None:
+    build(tmp_path, "cmdline")
+    out = script(
+        """
+        exec 3>> livepatch_cmdline.ko; insmod livepatch_cmdline.ko; exec 3>&-
+        insmod livepatch_cmdline.ko; echo $?
+        """,
+        cwd=tmp_path,
+    )
+    assert out == ["insmod: ERROR: could not insert module livepatch_cmdline.ko: Text file busy", "0"]
+
+
+def test_bytes_of_parameters_and_names(tmp_path: Path) -> None:
+    build(tmp_path, 'name = "told"\nkind = "module"\n[[params]]\nname = "text"\ntype = "charp"\nperm = "0644"\n')
+    out = script(
+        r"""
+        for text in é $'\xff\xc3'; do
+            insmod told.ko text=$text; od -An -tx1 /sys/module/told/parameters/text; rmmod told
+        done
+        """,
+        cwd=tmp_path,
+    )
+    assert out == [" c3 a9 0a", " ff c3 0a"]
+
+
+POLL = """
+import os, select, subprocess, sys, threading
+how = sys.argv[1]
+fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+os.lseek(fd, 0, os.SEEK_END)
+if how == "epoll":
+    poll = select.epoll()
+    poll.register(fd, select.EPOLLIN)
+    wait = lambda: [event for _, event in poll.poll(20)]
+else:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    wait = lambda: [event for _, event in poll.poll(20000)]
+for text in ("one", "two"):
+    threading.Timer(0.2, lambda: subprocess.run(f"echo {text} > /dev/kmsg", shell=True)).start()
+    print(wait(), os.read(fd, 8192).partition(b";")[2])
+subprocess.run("echo three > /dev/kmsg", shell=True)
+print(wait(), os.lseek(fd, 0, os.SEEK_END), poll.poll(0))
+subprocess.run("echo four > /dev/kmsg", shell=True)
+print(os.read(fd, 8192).partition(b";")[2])
+"""
+
+
+@pytest.mark.parametrize("how", ["poll", "epoll"])
+def test_polling_the_log(how: str) -> None:
+    out = world("python3", "-c", POLL, how).stdout.splitlines()
+    assert out == ["[1] b'one\\n'", "[1] b'two\\n'", "[1] 0 []", "b'four\\n'"]
+
+
+def test_threads_with_descriptors_of_their_own(tmp_path: Path) -> None:
+    """A descriptor is one of the calling thread, whatever its process has under that number."""
+    build(tmp_path, "cmdline")
+    code = """
+import ctypes, os, threading
+libc = ctypes.CDLL(None, use_errno=True)
+def thread():
+    libc.unshare(0x400)  # CLONE_FILES
+    fd = os.open("livepatch_cmdline.ko", os.O_RDONLY)
+    print(libc.syscall(313, fd, b"", 0), os.strerror(ctypes.get_errno()))
+    kmsg = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    print(os.lseek(kmsg, 0, os.SEEK_END))
+worker = threading.Thread(target=thread)
+worker.start()
+worker.join()
+"""
+    assert world("python3", "-c", code, cwd=tmp_path).stdout.splitlines() == ["0 Success", "0"]
