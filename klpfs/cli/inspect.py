@@ -105,8 +105,11 @@ def show(report: ModuleReport, verdict: str, log: list[str]) -> None:
         show_patch(report)
     if report.relocations:
         click.echo("\nlivepatch relocations")
-        sections = [(r.section, r.object, str(r.relocations), " ".join(r.symbols)) for r in report.relocations]
-        indented(("section", "object", "count", "symbols"), sections)
+        sections = [
+            (r.section, r.object, str(r.relocations), runnable_text(r.unsupported), " ".join(r.symbols))
+            for r in report.relocations
+        ]
+        indented(("section", "object", "count", "runs in klpfs", "symbols"), sections)
     if report.imports:
         click.echo("\nkernel symbols used")
         known = {None: "?", True: "yes", False: "NO"}
@@ -129,11 +132,23 @@ def show(report: ModuleReport, verdict: str, log: list[str]) -> None:
         click.echo(f"  {line}")
 
 
+def runnable_text(unsupported: list[str] | None) -> str:
+    """Whether klpfs can run code that uses some symbols, of which it does not have *unsupported*."""
+    if unsupported is None:
+        return "?"
+    return "NO: " + ", ".join(unsupported) if unsupported else "yes"
+
+
 def show_patch(report: ModuleReport) -> None:
     """Print the patch: its objects, functions, callbacks and states."""
+    from klpfs.elf.report import KPATCH_TABLES
+
     patch = report.patch
     assert patch is not None
-    click.echo(f"\npatch (from {patch.source}), {'replaces all others' if patch.replace else 'adds to others'}")
+    replaces = "replaces all others" if patch.replace else "adds to others"
+    if patch.source == KPATCH_TABLES:
+        replaces += ", unless kpatch-build was told --non-replace"  # only the module's code has it
+    click.echo(f"\npatch (from {patch.source}), {replaces}")
     rows = []
     for obj in patch.objects:
         for func in obj.functions:

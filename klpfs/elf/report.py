@@ -18,6 +18,9 @@ from klpfs.elf.layout import lay_out
 from klpfs.elf.reader import ElfModule
 from klpfs.elf.symbols import SymbolTable
 
+STATIC_DATA = "static data"
+KPATCH_TABLES = "kpatch tables"
+
 
 class FuncReport(msgspec.Struct):
     """A function to be replaced. ``problem`` is "" when it resolves, or when its object has to be loaded first."""
@@ -46,7 +49,7 @@ class StateReport(msgspec.Struct):
 
 
 class PatchReport(msgspec.Struct):
-    """The patch. ``source``: where it was found ("static data", "kpatch tables")."""
+    """The patch. ``source``: where it was found, STATIC_DATA or KPATCH_TABLES."""
 
     source: str
     replace: bool
@@ -55,13 +58,17 @@ class PatchReport(msgspec.Struct):
 
 
 class RelocReport(msgspec.Struct):
-    """A livepatch relocation section, with the symbols that it uses."""
+    """A livepatch relocation section, with the symbols that it uses.
+
+    ``unsupported``: those of the kernel whose users klpfs cannot run (None: not known).
+    """
 
     section: str
     object: str
     relocations: int
     symbols: list[str]
     problems: list[str]
+    unsupported: list[str] | None = None
 
 
 class ImportReport(msgspec.Struct):
@@ -124,7 +131,7 @@ def examine(
     """
     layout = lay_out(elf)
     patch = klp.find_patch(elf, layouts)
-    relocations = [_relocations(elf, section.number, table) for section in elf.klp_rela_sections]
+    relocations = [_relocations(elf, section.number, table, supported) for section in elf.klp_rela_sections]
     imports = [_import(elf, name, weak, table, supported) for name, weak in dict(elf.undefined).items() if name]
     found = _patch(elf, patch, table) if patch is not None else None
     problems = []
@@ -193,23 +200,26 @@ def _patch(elf: ElfModule, patch: klp.PatchInfo, table: SymbolTable) -> PatchRep
         callbacks = {name: elf.function_at(target) or "?" for name, target in obj.callbacks.items()}
         objects.append(ObjectReport(obj.name or "vmlinux", functions, callbacks))
     return PatchReport(
-        "kpatch tables" if patch.is_kpatch else "static data",
+        KPATCH_TABLES if patch.is_kpatch else STATIC_DATA,
         patch.replace,
         objects,
         [StateReport(state.id, state.version) for state in patch.states],
     )
 
 
-def _relocations(elf: ElfModule, number: int, table: SymbolTable) -> RelocReport:
+def _relocations(elf: ElfModule, number: int, table: SymbolTable, supported: Container[str] | None) -> RelocReport:
     """One section of livepatch relocations: its symbols, as far as they are known, and its problems."""
     section = elf.sections[number]
     report = RelocReport(section.name, "", section.size // C.RELA_SIZE, [], [])
+    kernels: set[str] = set()
 
     def find(objname: str | None, name: str, sympos: int) -> int:
         if objname is None:
             address, _, problem = resolve_data(table, name, sympos)
             if problem:
                 report.problems.append(f"symbol '{name}': {problem}")
+            else:
+                kernels.add(name)
             return address
         return 0
 
@@ -220,6 +230,8 @@ def _relocations(elf: ElfModule, number: int, table: SymbolTable) -> RelocReport
         klp.resolve_symbols(elf, section, find)
     except klp.KlpFormatError as exc:
         report.problems.append(exc.log)
+    if supported is not None:
+        report.unsupported = sorted(name for name in kernels if name not in supported)
     return report
 
 

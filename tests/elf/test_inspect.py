@@ -253,6 +253,8 @@ def test_kpatch_module(tmp_path: Path) -> None:
     assert report.patch is not None
     assert report.patch.source == "kpatch tables"
     assert [o.name for o in report.patch.objects] == ["xfs", "ext4", "vmlinux"]
+    text = klpfs("inspect", path).stdout
+    assert "patch (from kpatch tables), replaces all others, unless kpatch-build was told --non-replace\n" in text
 
 
 def test_what_klpfs_can_run() -> None:
@@ -267,6 +269,24 @@ def test_what_klpfs_can_run() -> None:
         "klp_enable_patch": (True, True, False),
         "_printk": (True, False, True),
     }
+
+
+def test_what_klpfs_can_run_of_what_livepatch_relocations_use(tmp_path: Path) -> None:
+    uses = '"saved_command_line,0", "linux_proc_banner", "proc_root_init"'
+    text = f'name = "m"\n[[objects]]\nuses = [{uses}]\n[[objects]]\nname = "other"\nuses = ["x"]\n'
+    elf = ElfModule.parse(module(text))
+    assert [r.unsupported for r in examine(elf, shipped_table()).relocations] == [None, None]
+    supported = {"saved_command_line", "linux_proc_banner"}
+    kernel, other = examine(elf, shipped_table(), supported=supported).relocations
+    assert kernel.problems == []
+    assert kernel.unsupported == ["proc_root_init"]
+    assert other.unsupported == []
+    result = klpfs("inspect", write(tmp_path / "m.ko", module(text)))
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("  .klp.rela")]
+    assert [(row[1], row[3:5]) for row in rows] == [
+        ("vmlinux", ["NO:", "proc_root_init"]),
+        ("other", ["yes", ".klp.sym.other.x,0"]),
+    ]
 
 
 def test_endless_init_is_told(tmp_path: Path) -> None:
