@@ -444,7 +444,8 @@ class Cpu:
         return thread.inbox.popleft()
 
     def _note_stack(self, thread: HostThread, stack: list[int], reliable: bool) -> None:
-        thread.chain, thread.reliable = stack, reliable
+        # a kernel function that module code is in is known by its beginning; on a stack are addresses behind a call
+        thread.chain, thread.reliable = [self.vmlinux.return_address(addr) for addr in stack], reliable
         if thread.task is not None:
             thread.task.reliable = all(t.reliable for t in self._chains.get(id(thread.task), ()))
 

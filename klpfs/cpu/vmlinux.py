@@ -132,6 +132,16 @@ class Vmlinux:
         """The kernel function that stands at *addr*."""
         return self.functions.get(addr)
 
+    def return_address(self, addr: int) -> int:
+        """Where a kernel function that begins at *addr* would be returned to by what it calls: an address inside it.
+
+        Any other address is given back as it is.
+        """
+        if addr not in self.functions:
+            return addr
+        found = self._table.addr_to_symbol(addr)
+        return addr if found is None else addr + min(16, found[2] - found[1] - 1)
+
     # -- variables --------------------------------------------------------------------------------------------------
 
     def _reserve(self, size: int) -> int:

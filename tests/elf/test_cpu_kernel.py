@@ -318,7 +318,7 @@ def test_stacks_are_unwound_by_orc(run: Any) -> None:
             await trio.sleep(1)
             task = next(t for t in m.sched.tasks.values() if t.comm == "sleeps")
             names = [str(m.kallsyms.lookup(addr)).partition("/")[0] for addr in task.trace()]
-            assert names[:3] == ["msleep+0x0", "frames+0xb", "outer+0x9"]
+            assert names[:3] == ["msleep+0x10", "frames+0xb", "outer+0x9"]
             assert task.reliable
             assert task.state == "D"
 
