@@ -91,7 +91,7 @@ class Machine:
         self._debugfs()
         self._kmsg()
         plain = self.printk.logger()
-        plain.notice(f"Linux version {profile.release} (klpfs) {profile.kernel_version}")
+        plain.notice(profile.linux_banner.rstrip())
         plain.info(f"smp: Brought up 1 node, {cpus} CPU{'s' if cpus > 1 else ''}")
         self.loader: Loader | None = None
         self.engine: Engine | None = None

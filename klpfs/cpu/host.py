@@ -97,7 +97,14 @@ class Cpu:
             # The same everywhere, so that a run can be repeated; nothing is protected by it.
             seed = hashlib.blake2b(machine.profile.release.encode(), digest_size=24).digest()
             canary = int.from_bytes(seed[16:], "little") & ~0xFF
-            self.vmlinux = Vmlinux(self.space, machine.kallsyms.table, cpus=machine.sched.cpus, canary=canary)
+            self.vmlinux = Vmlinux(
+                self.space,
+                machine.kallsyms.table,
+                machine.profile,
+                command_line=machine.procfs.host_file("cmdline").rstrip(b"\n"),
+                cpus=machine.sched.cpus,
+                canary=canary,
+            )
             self.heap = HostHeap(self.space)
             self.percpu = PercpuArea()
             self.process = SandboxProcess(fd, self._dispatch, self._on_death)

@@ -6,9 +6,9 @@ Model
 
 Source
     ``include/linux/{livepatch,module,moduleparam,workqueue_types,timer_types,completion,mutex_types,rwsem,semaphore,
-    wait,sched,seq_file,kobject,sysfs,proc_fs,bug,jump_label,dynamic_debug}.h``, ``arch/x86/include/asm/{orc_types,
-    current,paravirt_types}.h``, ``Documentation/arch/x86/x86_64/mm.rst``; the numbers were read with ``offsetof`` by a
-    compiler run against the headers of linux-headers-6.12-amd64.
+    wait,sched,nsproxy,utsname,seq_file,kobject,sysfs,proc_fs,bug,jump_label,dynamic_debug}.h``,
+    ``arch/x86/include/asm/{orc_types,current,paravirt_types}.h``, ``Documentation/arch/x86/x86_64/mm.rst``; the
+    numbers were read with ``offsetof`` by a compiler run against the headers of linux-headers-6.12-amd64.
 """
 
 from __future__ import annotations
@@ -89,6 +89,9 @@ TIME_MONOTONIC: Final = 8
 TIME_REAL: Final = 16
 TIME_BOOT: Final = 24
 
+INIT_NSPROXY: Final = TIME_PAGE + 256
+"""``init_nsproxy``, to which ``nsproxy`` of every task points."""
+
 
 class Field(NamedTuple):
     """A member of a structure."""
@@ -166,6 +169,7 @@ TASK_GROUP_LEADER: Final = Field(2496, 8)
 TASK_REAL_CRED: Final = Field(2952, 8)
 TASK_CRED: Final = Field(2960, 8)
 TASK_COMM: Final = Field(2976, 16)
+TASK_NSPROXY: Final = Field(3064, 8)
 TASK_PATCH_STATE: Final = Field(5212, 4)
 CRED_SIZE: Final = 184
 CRED_UIDS: Final = Field(8, 32)
@@ -312,3 +316,5 @@ PV_VCPU_IS_PREEMPTED: Final = 656
 
 KMALLOC_CACHES_SIZE: Final = 5 * 14 * 8
 UTS_NAME_SIZE: Final = 65
+NSPROXY_COUNT: Final = Field(0, 4)
+NSPROXY_UTS_NS: Final = Field(8, 8)

@@ -9,12 +9,14 @@ Locks
     Trio thread only.
 
 Source
-    init/main.c, init/init_task.c, kernel/params.c (``STANDARD_PARAM_DEF``), kernel/printk/printk.c
-    (``console_printk``), arch/x86/kernel/paravirt.c (``pv_ops``), arch/x86/kernel/setup_percpu.c, lib/ctype.c.
+    init/main.c (``saved_command_line``), init/init_task.c, init/version.c, kernel/nsproxy.c, kernel/params.c
+    (``STANDARD_PARAM_DEF``), kernel/printk/printk.c (``console_printk``), arch/x86/kernel/paravirt.c (``pv_ops``),
+    arch/x86/kernel/setup_percpu.c, lib/ctype.c.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import TYPE_CHECKING
 
@@ -22,9 +24,11 @@ from klpfs.cpu import layout as L
 from klpfs.cpu.api import API, DATA, INTEGER_PARAMS, NATIVE
 from klpfs.cpu.layout import AREAS
 from klpfs.cpu.space import Space
+from klpfs.kernel.profile import LINUX_PROC_BANNER
 
 if TYPE_CHECKING:
     from klpfs.kernel.kallsyms import SymbolTable
+    from klpfs.kernel.profile import Profile
 
 __all__ = ["INITIAL_JIFFIES", "Vmlinux"]
 
@@ -72,9 +76,14 @@ def _ctype() -> bytes:
 
 
 class Vmlinux:
-    """The emulated vmlinux on *space*; *table* has the symbols that the machine knows."""
+    """The emulated vmlinux on *space*; *table* has the symbols that the machine knows.
 
-    def __init__(self, space: Space, table: SymbolTable, *, cpus: int, canary: int) -> None:
+    *profile* is what kernel it is, *command_line* what it was booted with.
+    """
+
+    def __init__(
+        self, space: Space, table: SymbolTable, profile: Profile, *, command_line: bytes, cpus: int, canary: int
+    ) -> None:
         self._space = space
         self._table = table
         self.cpus = cpus
@@ -86,10 +95,11 @@ class Vmlinux:
         """Functions that the sandbox must be told about."""
         self._next_slot = L.TEXT_SLOTS
         self._next_data = _FREE_DATA
-        self.data: dict[str, int] = {"jiffies": L.TIME_PAGE + L.TIME_JIFFIES}
+        self.data: dict[str, int] = {"jiffies": L.TIME_PAGE + L.TIME_JIFFIES, "init_nsproxy": L.INIT_NSPROXY}
         self.kernel_kobj = self._reserve(L.KOBJECT_SIZE)
         self.workqueues: dict[int, str] = {}
         self._fill()
+        self._fill_texts(profile, command_line)
 
     # -- functions --------------------------------------------------------------------------------------------------
 
@@ -204,7 +214,23 @@ class Vmlinux:
         init = self.variable("init_task")
         space.put(init, L.TASK_FLAGS, L.PF_KTHREAD)
         space.write(init + L.TASK_COMM.offset, b"swapper/0")
+        space.put(init, L.TASK_NSPROXY, L.INIT_NSPROXY)
+        space.put(L.INIT_NSPROXY, L.NSPROXY_COUNT, 1)
+        space.put(L.INIT_NSPROXY, L.NSPROXY_UTS_NS, self.variable("init_uts_ns"))
         self._fill_pointers()
+
+    def _fill_texts(self, profile: Profile, command_line: bytes) -> None:
+        """What the kernel says of itself: its names, its banners, its command line."""
+        names = ("Linux", os.uname().nodename, profile.release, profile.kernel_version, "x86_64", "(none)")
+        self._put(
+            "init_uts_ns", b"".join(n.encode()[: L.UTS_NAME_SIZE - 1].ljust(L.UTS_NAME_SIZE, b"\0") for n in names)
+        )
+        for name, banner in (("linux_banner", profile.linux_banner), ("linux_proc_banner", LINUX_PROC_BANNER)):
+            self._put(name, banner.encode()[: DATA[name].size - 1] + b"\0")
+        text = self._reserve(len(command_line) + 1)
+        self._space.write(text, command_line + b"\0")
+        self._pointer("saved_command_line", text)
+        self._put("saved_command_line_len", struct.pack("<I", len(command_line)))
 
     def _fill_pointers(self) -> None:
         ops = bytearray(struct.pack("<Q", self.function("BUG_func")) * (L.PV_OPS_SIZE // 8))

@@ -17,9 +17,12 @@ from importlib.resources import files
 
 import msgspec
 
-__all__ = ["DEFAULT_PROFILE", "Profile", "Rule", "profile", "profile_names", "rules"]
+__all__ = ["DEFAULT_PROFILE", "LINUX_PROC_BANNER", "Profile", "Rule", "profile", "profile_names", "rules"]
 
 DEFAULT_PROFILE = "6.12"
+
+LINUX_PROC_BANNER = "%s version %s (klpfs) %s\n"
+"""``linux_proc_banner`` (init/version.c): what /proc/version prints system, release and version with."""
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +57,11 @@ class Profile:
     kernel_version: str
     vermagic_flags: str
     rules: frozenset[str]
+
+    @property
+    def linux_banner(self) -> str:
+        """What /proc/version says, and the first line of the log, newline included."""
+        return LINUX_PROC_BANNER % ("Linux", self.release, self.kernel_version)
 
     def has(self, rule: str) -> bool:
         """Whether *rule* holds. Raises KeyError for a name that is no rule."""

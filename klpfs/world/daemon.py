@@ -237,7 +237,7 @@ class _Daemon:
 
         def host_file(name: str) -> bytes:
             if name == "version" and not keep:
-                return f"Linux version {profile.release} (klpfs) {profile.kernel_version}\n".encode()
+                return profile.linux_banner.encode()
             try:
                 return proc.read(name)
             except OSError:

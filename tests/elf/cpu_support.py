@@ -119,9 +119,9 @@ class CpuTable(DictTable):
 
 
 @asynccontextmanager
-async def executing(limits: Limits | None = None) -> AsyncIterator[tuple[Machine, Cpu]]:
-    """A machine with an execution engine."""
-    async with open_machine(table=CpuTable()) as m:
+async def executing(limits: Limits | None = None, *, more: Sequence[str] = ()) -> AsyncIterator[tuple[Machine, Cpu]]:
+    """A machine with an execution engine; *more*: further symbols of its vmlinux."""
+    async with open_machine(table=CpuTable(more)) as m:
         m.dynamic_debug.control_write("file kernel/livepatch/* +p")
         m.engine = cpu = Cpu(m, limits)
         yield m, cpu

@@ -226,6 +226,7 @@ class Machine:
             for member in (L.TASK_REAL_CRED, L.TASK_CRED):
                 mem.put(addr, member, cred)
             mem.put(addr, L.TASK_PATCH_STATE, -1)
+            mem.put(addr, L.TASK_NSPROXY, L.INIT_NSPROXY)
         task.info = info
         mem = self.mem
         mem.put(task.addr, L.TASK_PID, info.pid)
