@@ -343,7 +343,8 @@ class Cpu:
         threads = self._chains.setdefault(id(task), [])
         threads.append(thread)
         if len(threads) == 1:
-            task.stack_fn = lambda: self.stack_of(task)
+            task.code_fn = lambda: self.stack_of(task)
+            task.on_interrupt = self._interrupt
 
     def _pop(self, thread: HostThread) -> None:
         task = thread.task
@@ -354,7 +355,13 @@ class Cpu:
         task.reliable = all(t.reliable for t in threads)
         if not threads:
             del self._chains[id(task)]
-            task.stack_fn = None
+            task.code_fn = task.on_interrupt = None
+
+    def _interrupt(self, task: Task) -> None:
+        """``set_notify_signal``: what it sleeps in ends if it is interruptible, and ``signal_pending`` is true."""
+        if self.alive:
+            self._refresh()
+            self.send(proto.Nudge(task.pid, signal=True))
 
     # -- calls ------------------------------------------------------------------------------------------------------
 

@@ -163,7 +163,11 @@ class Kill(msgspec.Struct, array_like=True, tag=11):
 
 
 class Nudge(msgspec.Struct, array_like=True, tag=12):
-    """``wake_up_process`` of task *pid*; with *stop*, ``kthread_should_stop`` is true for it from now on."""
+    """``wake_up_process`` of task *pid*.
+
+    *stop*: ``kthread_should_stop`` is true for it from now on. *signal*: ``set_notify_signal`` instead,
+    ``signal_pending`` is true until it returns to user space.
+    """
 
     pid: int
     stop: bool = False

@@ -81,12 +81,20 @@ class Task:
     cmdline: str = ""
     on_wake: Callable[[Task], None] | None = None
     on_signal: Callable[[Task, int], None] | None = None
+    on_interrupt: Callable[[Task], None] | None = None
+    """While it executes module code: what ends an interruptible sleep there."""
+    code_fn: Callable[[], list[int]] | None = None
+    """While it executes module code: a function that reads that part of the stack, the innermost one."""
     stack_fn: Callable[[], list[int]] | None = None
-    """Where the inner part of the stack lives elsewhere (in an executing module), a function that reads it."""
+    """Where the outermost part of the stack lives elsewhere (in the host's kernel), a function that reads it."""
+
+    def inner(self) -> list[int]:
+        """What :meth:`trace` gives, without what lies elsewhere."""
+        return [*self.code_fn(), *self.stack] if self.code_fn is not None else self.stack
 
     def trace(self) -> list[int]:
         """``stack_trace_save_tsk``: the return addresses, innermost first."""
-        return [*self.stack_fn(), *self.stack] if self.stack_fn is not None else self.stack
+        return [*self.inner(), *self.stack_fn()] if self.stack_fn is not None else self.inner()
 
     def __repr__(self) -> str:
         return f"<Task {self.comm}:{self.pid} {self.state}>"
@@ -265,7 +273,9 @@ class Sched:
     def set_notify_signal(self, task: Task) -> None:
         """The fake signal of a transition: an interruptible sleep ends and the task passes the kernel's exit."""
         task.notify_signal = True
-        if (task.on_cpu and task.in_user) or (task.state == "S" and not task.real):
+        if task.on_interrupt is not None:
+            task.on_interrupt(task)
+        elif (task.on_cpu and task.in_user) or (task.state == "S" and not task.real):
             self.leave_kernel(task)
 
     def leave_kernel(self, task: Task) -> None:

@@ -373,3 +373,45 @@ def test_klp_relocations_follow_their_object(run: Any) -> None:
             assert cpu.space.read(reaches, 32) == place
 
     run(main)
+
+
+INTERRUPTED = PATCH.replace("PRE;", "0;").replace(
+    'seq_printf(m, "%s was here\\n", __this_module.name);',
+    """u64 *flags; unsigned long left = 0;
+    asm volatile("movq %%gs:pcpu_hot, %0" : "=r" (flags));
+    while (!(*(volatile u64 *)flags & (1UL << 17 | 1UL << 2)) && !left) left = msleep_interruptible(600 * 1000);
+    seq_printf(m, "%lu seconds left, signal_pending %d\\n", left / 1000, !!(*flags & 1UL << 17));""",
+)
+
+
+def test_the_fake_signal_of_a_transition_ends_an_interruptible_sleep(run: Any) -> None:
+    async def main() -> None:
+        async with executing() as (m, _):
+            source = "unsigned long msleep_interruptible(unsigned);\n" + INTERRUPTED.replace("msleep(1000); ", "")
+            await m.init_module(build("patches", source + EXIT))
+            await m.livepatch.wait_transition()
+            task = m.sched.spawn("cat")
+            shown = []
+
+            async def read() -> None:
+                with m.sched.running(task):
+                    shown.append(await m.procfs.run_show("cmdline_proc_show", task, lambda: b""))
+                m.sched.leave_kernel(task)
+
+            for _ in range(2):  # the second read finds no signal pending
+                m.nursery.start_soon(read)
+                await trio.sleep(1)
+                names = [str(m.kallsyms.lookup(addr)).partition("/")[0] for addr in task.trace()]
+                assert names[0] == "msleep_interruptible+0x10"
+                assert names[1].startswith("show+")
+                await m.kernfs.write_file("sys/kernel/livepatch/patches/enabled", b"0")
+                await m.livepatch.wait_transition()
+                # a second before the patch is disabled; then, attempts a second apart, of which the 15th signals
+                assert shown.pop() == b"584 seconds left, signal_pending 1\n"
+                assert task.code_fn is None
+                await trio.sleep(1)
+                await m.delete_module("patches")
+                await m.init_module(build("patches", source + EXIT))
+                await m.livepatch.wait_transition()
+
+    run(main)

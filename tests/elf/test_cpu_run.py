@@ -56,7 +56,7 @@ def test_a_sleeping_work_function_is_on_the_stack_of_its_worker(run: Any) -> Non
         async with executing() as (m, _):
             await m.init_module(build("sleeper", SLEEPER))
             await trio.sleep(1)
-            worker = next(t for t in m.sched.tasks.values() if t.stack_fn is not None)
+            worker = next(t for t in m.sched.tasks.values() if t.code_fn is not None)
             names = [str(m.kallsyms.lookup(addr)).partition("+")[0] for addr in worker.trace()]
             assert names[0] == "msleep"
             assert "sleeps" in names

@@ -229,6 +229,9 @@ class Machine:
             mem.put(addr, L.TASK_NSPROXY, L.INIT_NSPROXY)
         task.info = info
         mem = self.mem
+        if not task.threads:  # it was in user space: exit_to_user_mode_loop() has dealt with signals
+            pending = 1 << L.TIF_SIGPENDING | 1 << L.TIF_NOTIFY_SIGNAL
+            mem.put(task.addr, L.TASK_THREAD_FLAGS, mem.get(task.addr, L.TASK_THREAD_FLAGS) & ~pending)
         mem.put(task.addr, L.TASK_PID, info.pid)
         mem.put(task.addr, L.TASK_TGID, info.tgid)
         mem.put(task.addr, L.TASK_FLAGS, L.PF_KTHREAD if info.kthread else 0x400000)
@@ -670,7 +673,7 @@ class Machine:
             task.should_stop = True
         if message.signal:
             flags = self.mem.get(task.addr, L.TASK_THREAD_FLAGS)
-            self.mem.put(task.addr, L.TASK_THREAD_FLAGS, flags | 1 << L.TIF_SIGPENDING)
+            self.mem.put(task.addr, L.TASK_THREAD_FLAGS, flags | 1 << L.TIF_NOTIFY_SIGNAL)
         self.wake_task(task, signal=message.signal)
 
     def wake_task(self, task: Task, *, signal: bool = False) -> bool:

@@ -302,7 +302,7 @@ def _prepare_to_wait_exclusive(m: Machine, t: Thread, head: int, waiter: int, st
 
 
 def _signal_pending(m: Machine, t: Thread) -> bool:
-    return bool(m.mem.get(t.task.addr, L.TASK_THREAD_FLAGS) >> L.TIF_SIGPENDING & 1)
+    return bool(m.mem.get(t.task.addr, L.TASK_THREAD_FLAGS) & (1 << L.TIF_SIGPENDING | 1 << L.TIF_NOTIFY_SIGNAL))
 
 
 @stub("prepare_to_wait_event")
