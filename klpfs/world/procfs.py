@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from klpfs.kernfs import Caller, Entry, SeqFile
 from klpfs.world.mounts import HIDDEN
+from klpfs.world.tasks import own_frames
 
 if TYPE_CHECKING:
     from klpfs.kernel.procfs import ProcFs
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["WorldProc"]
 
-#: Functions of the host's kernel that wait for a FUSE server or a seccomp supervisor.
-_WAITING = ("request_wait", "fuse_", "seccomp", "syscall_trace", "schedule")
 _TEXT_LINKS = frozenset({"exe", "cwd", "root"})
 
 
@@ -167,16 +166,13 @@ class _ProcessDir:
         if lines is None:
             name = self.world.proc.wchan(self.path)
             lines = [] if name == "0" else [f"{name}+0x0/0x0"]
-        if task.stack:
-            # the host's kernel waits for us, in functions that the emulated one does not pass through
-            while lines and lines[0].lstrip("_").startswith(_WAITING):
-                del lines[0]
-            lines[:0] = [str(self.world.machine.kallsyms.lookup(a) or f"{a:#x}") for a in task.stack]
+        kallsyms = self.world.machine.kallsyms
+        lines = [*(str(kallsyms.lookup(a) or f"{a:#x}") for a in task.inner()), *own_frames(task, lines)]
         return "".join(f"[<0>] {line}\n" for line in lines).encode()
 
     def _wchan(self) -> bytes:
         task = self._task()
-        for address in task.stack:
+        for address in task.inner():
             where = self.world.machine.kallsyms.lookup(address)
             if where is not None:
                 return where.name.encode()

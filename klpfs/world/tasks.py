@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import dropwhile
 from typing import TYPE_CHECKING
 
 from klpfs.world.bpf import FIRST_HIGH_PID, RESERVED_PIDS
@@ -30,11 +31,24 @@ if TYPE_CHECKING:
     from klpfs.kernel.sched import Sched, Task
     from klpfs.world.hostproc import HostProc
 
-__all__ = ["WorldTasks"]
+__all__ = ["WorldTasks", "own_frames"]
+
+#: Functions of the host's kernel that wait for a FUSE server or a seccomp supervisor.
+_WAITING = ("request_wait", "fuse_", "seccomp", "syscall_trace", "schedule")
 
 
 def _is_real(tid: int) -> bool:
     return tid == 1 or RESERVED_PIDS <= tid < FIRST_HIGH_PID
+
+
+def own_frames(task: Task, lines: list[str]) -> list[str]:
+    """Of the host's frames of a real *task*, those that it has in the emulated kernel, too.
+
+    While it is in functions of the emulated kernel, the host's waits for us, in functions that it does not pass there.
+    """
+    if task.code_fn is None and not task.stack:
+        return lines
+    return list(dropwhile(lambda line: line.lstrip("_").startswith(_WAITING), lines))
 
 
 class _Real:
@@ -145,7 +159,7 @@ class WorldTasks:
                 lines = [self.proc.wchan(real.path)]
         except OSError:
             return frames
-        for line in lines:
+        for line in own_frames(real.task, lines):
             name = line.partition("+")[0]
             frames.append(self._address(name))
         return [frame for frame in frames if frame]
@@ -180,4 +194,5 @@ class WorldTasks:
                     if real.gone:
                         self.sched.exit(task)
                     else:
+                        task.notify_signal = False
                         self.sched.update_patch_state(task)

@@ -61,10 +61,15 @@ TRACED = ("-pg", "-mfentry", "-mrecord-mcount")
 
 
 @cache
-def build(name: str, source: str, flags: Sequence[str] = (), *, init: bool = True, exit: bool = True) -> bytes:
-    """The module *name* made of C *source*, which defines ``init_module`` and ``cleanup_module``."""
+def build(
+    name: str, source: str, flags: Sequence[str] = (), *, init: bool = True, exit: bool = True, release: str = ""
+) -> bytes:
+    """The module *name* made of C *source*, which defines ``init_module`` and ``cleanup_module``.
+
+    *release*: of the kernel that it is for, by default that of the default profile.
+    """
     assert CC is not None, "these tests need a C compiler"
-    profile = profiles.profile()
+    profile = profiles.profile(release=release or None)
     declared = f'STRUCT_MODULE("{name}", {"init_module" if init else "NULL"}, {"cleanup_module" if exit else "NULL"})\n'
     head = ("int init_module(void);\n" if init else "") + ("void cleanup_module(void);\n" if exit else "")
     info = f'INFO(license, "GPL") INFO(name, "{name}") INFO(vermagic, "{profile.vermagic}")\n'

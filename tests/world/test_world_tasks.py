@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from world_support import build, patch, script
+import cpu_support
+from world_support import build, patch, release, script
 
 from klpfs.world.bpf import ABIS, AUDIT_ARCH_X86_64
 
@@ -200,3 +201,54 @@ def test_other_system_calls_can_be_named(tmp_path: Path) -> None:
     )
     assert out == ["True -1"]
     assert "getppid" in ABIS[AUDIT_ARCH_X86_64]
+
+
+SLOW = r"""
+struct klp_func { const char *old_name; void *new_func; u64 old_sympos; char pad[128]; };
+struct klp_object { const char *name; struct klp_func *funcs; char pad[152]; };
+struct klp_patch { struct module *mod; struct klp_object *objs; void *states; char pad[176]; };
+INFO(livepatch, "Y")
+int klp_enable_patch(struct klp_patch *); void seq_printf(void *, const char *, ...);
+int show(void *m, void *v) { msleep(2500); seq_printf(m, "slow\n"); return 0; }
+struct klp_func funcs[] = { { "cmdline_proc_show", show }, {} };
+struct klp_object objs[] = { { NULL, funcs }, {} };
+struct klp_patch patch = { &__this_module, objs };
+int init_module(void) { return klp_enable_patch(&patch); }
+void cleanup_module(void) {}
+"""
+
+
+def test_a_process_in_code_of_a_module_stalls_and_shows_where(tmp_path: Path) -> None:
+    (tmp_path / "slow.ko").write_bytes(cpu_support.build("slow", SLOW, release=release()))
+    out = script(
+        LIB
+        + """
+        insmod slow.ko; until_ '[ "$(transition slow)" = 0 ]'
+        bash -c 'cat < /proc/cmdline; kill -STOP $$; true' & P=$!
+        until_ 'pgrep -P $P cat >/dev/null'; C=$(pgrep -P $P cat)
+        until_ "grep -q msleep /proc/$C/wchan"
+        head -2 /proc/$C/stack | sed 's,/.*,,; s,show+.*,show,'; grep -c fuse /proc/$C/stack
+        echo 0 > /sys/kernel/livepatch/slow/enabled; transition slow; state $C; state $$
+        until_ '[ ! -e /sys/kernel/livepatch/slow ]'
+        until_ "grep -q ' T ' /proc/$P/stat"; grep -c msleep /proc/$P/stack; kill -CONT $P
+        """,
+        cwd=tmp_path,
+    )
+    assert out == ["[<0>] msleep+0x10", "[<0>] show", "0", "1", "1", "0", "slow", "0"]
+
+
+def test_a_process_that_ran_code_of_a_module_stalls_in_the_kernel_as_before(tmp_path: Path) -> None:
+    (tmp_path / "slow.ko").write_bytes(cpu_support.build("slow", SLOW.replace("2500", "1"), release=release()))
+    build(tmp_path, patch("stop", "do_signal_stop"))
+    out = script(
+        LIB
+        + """
+        insmod slow.ko; until_ '[ "$(transition slow)" = 0 ]'
+        bash -c 'read -r LINE < /proc/cmdline; echo $LINE; kill -STOP $$; true' & P=$!
+        until_ "grep -q ' T ' /proc/$P/stat"
+        insmod stop.ko; transition stop; state $P; kill -CONT $P
+        until_ '[ "$(transition stop)" = 0 ]'
+        """,
+        cwd=tmp_path,
+    )
+    assert out == ["slow", "1", "0"]
