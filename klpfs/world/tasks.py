@@ -8,6 +8,8 @@ Model
     it sleeps in, as far as that may be read and the emulated kernel has functions of the same names. So a process that
     sleeps in ``pipe_read`` holds up a patch of ``pipe_read``.
 
+    A thread in module code is told at each look of signals that wait for it, so that killing it ends its sleep there.
+
     A thread that has been in user space since the last look has passed the kernel's exit and is switched. That is seen
     from what it does: it runs, or waits in another system call, or the same one with other arguments.
 
@@ -128,7 +130,15 @@ class WorldTasks:
             task.state = stat.state if stat.state in "RSDTtXZPI" else "S"
             if task.patch_pending:
                 self._switch_if_it_left(real)
+        elif task.on_interrupt is not None and self._signal_pending(tid):
+            task.on_interrupt(task)
         return real
+
+    def _signal_pending(self, tid: int) -> bool:
+        """Whether a signal waits for a real thread to return to user space: one that is neither blocked nor ignored."""
+        status = self.proc.status(tid)
+        pending, shared, blocked, ignored = (int(status[key], 16) for key in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn"))
+        return bool((pending | shared) & ~blocked & ~ignored)
 
     def _forget(self, tid: int, real: _Real) -> None:
         self._known.pop(tid, None)

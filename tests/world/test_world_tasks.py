@@ -252,3 +252,20 @@ def test_a_process_that_ran_code_of_a_module_stalls_in_the_kernel_as_before(tmp_
         cwd=tmp_path,
     )
     assert out == ["slow", "1", "0"]
+
+
+def test_killing_a_process_that_sleeps_in_code_of_a_module_ends_the_stall(tmp_path: Path) -> None:
+    source = SLOW.replace("msleep(2500)", "msleep_interruptible(600000)")
+    (tmp_path / "slow.ko").write_bytes(cpu_support.build("slow", source, release=release()))
+    out = script(
+        LIB
+        + """
+        insmod slow.ko; until_ '[ "$(transition slow)" = 0 ]'
+        cat < /proc/cmdline & P=$!
+        until_ "grep -q msleep_interruptible /proc/$P/wchan"
+        echo 0 > /sys/kernel/livepatch/slow/enabled; sleep 1.5; transition slow
+        kill $P; until_ '[ ! -e /sys/kernel/livepatch/slow ]'; wait $P; echo $?
+        """,
+        cwd=tmp_path,
+    )
+    assert out == ["1", "143"]
