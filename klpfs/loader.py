@@ -77,16 +77,22 @@ class ElfCode(ABC):
                 self.addresses[section.number] = address
         image.sections = [(s.name, self.addresses[s.number]) for s in elf_layout.loaded_sections(elf, layout)]
         exported = {e.name for e in elf.exports}
-        image.symbols = [
-            SymInfo(
-                sym.name,
-                self.addresses.get(sym.section, 0) + sym.value,
-                sym.size,
-                sym.type.upper() if sym.name in exported else sym.type,
-            )
-            for sym in elf_layout.kallsyms(elf, layout)
-            if sym.type != "U"
-        ]
+
+        def symbols(*, core: bool) -> list[SymInfo]:
+            return [
+                SymInfo(
+                    sym.name,
+                    self.addresses.get(sym.section, 0) + sym.value,
+                    sym.size,
+                    sym.type.upper() if sym.name in exported else sym.type,
+                )
+                for sym in elf_layout.kallsyms(elf, layout, core=core)
+                if sym.type != "U"
+            ]
+
+        image.symbols = symbols(core=False)
+        if layout.init_size and not elf.is_livepatch:
+            image.core_symbols = symbols(core=True)
         image.exports = [Export(e.name, self.reference_address(e.location), e.gpl) for e in elf.exports]
 
     def reference_address(self, where: Reference) -> int:

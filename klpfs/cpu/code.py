@@ -132,7 +132,8 @@ class CpuCode(ElfCode):
                 continue
             if section is module.symtab or section is module.strtab:
                 continue  # nobody reads them in memory
-            space.write(address, module.contents(section))
+            if section.size:
+                space.write(address, module.contents(section))
         if percpu is not None:
             for cpu in range(L.NR_CPUS):
                 where = AREAS["percpu"].base + cpu * L.PERCPU_SIZE + self._percpu[0]

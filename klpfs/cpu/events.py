@@ -70,6 +70,11 @@ class PatchMemory:
 class _Timer:
     scope: trio.CancelScope | None = None
     idle: trio.Event = field(default_factory=trio.Event)
+    stopped: bool = False
+    """Cancelled: a function that runs now does not restart it."""
+
+    def __post_init__(self) -> None:
+        self.idle.set()
 
 
 @dataclass(eq=False)
@@ -367,28 +372,41 @@ class Events:
         timer = self._timers.setdefault(addr, _Timer())
         if timer.scope is not None:
             timer.scope.cancel()
-        timer.scope = scope = trio.CancelScope()
+        timer.scope = first = trio.CancelScope()
 
         async def run() -> None:
-            wait: float | None = delay
-            while wait is not None:
+            scope, wait = first, delay
+            while True:
                 with scope:
                     await trio.sleep(max(wait, 0))
                 if timer.scope is not scope:
                     return
                 timer.scope, timer.idle = None, trio.Event()
+                again: float | None = None
                 try:
-                    wait = await fire()
+                    again = await fire()
                 except OSError:
-                    wait = None  # crashed: the log has it
+                    pass  # crashed: the log has it
                 finally:
                     timer.idle.set()
-                if wait is not None:
-                    timer.scope = scope
+                if again is None or timer.scope is not None or timer.stopped:
+                    return  # over, armed anew meanwhile, or cancelled while it ran
+                wait, timer.scope = again, (scope := trio.CancelScope())
 
+        timer.stopped = False
+        self._detached(run, name=f"timer {addr:#x}")
+
+    def _detached(self, run: Callable[..., Awaitable[None]], *args: object, name: str) -> None:
+        """Start *run* outside the context of whoever asked for it; the machine outlives it whatever happens."""
         from klpfs.kernel.sched import detached
 
-        detached(self.machine.nursery, run, name=f"timer {addr:#x}")
+        async def guarded() -> None:
+            try:
+                await run(*args)
+            except Exception:
+                log.exception("%s failed", name)
+
+        detached(self.machine.nursery, guarded, name=name)
 
     async def on_timer_start(self, thread: HostThread, addr: int, function: int, delay: int, pending: int) -> int:
         """Arm a ``timer_list``; *delay* in nanoseconds, *pending* the offset of the word that says so."""
@@ -400,19 +418,17 @@ class Events:
         self._start_timer(addr, delay / 1e9, fire)
         return 0
 
-    async def on_hrtimer_start(
-        self, thread: HostThread, addr: int, function: int, delay: int, state: int, expires: int
-    ) -> int:
-        """Arm an ``hrtimer``; it runs again if its function answers HRTIMER_RESTART."""
+    async def on_hrtimer_start(self, thread: HostThread, addr: int, function: int, delay: int, offset: int) -> int:
+        """Arm an ``hrtimer`` whose clock is *offset* ns ahead; again if its function answers HRTIMER_RESTART."""
         space = self.cpu.space
 
         async def fire() -> float | None:
-            space.store(addr + state, 0, 1)
+            space.put(addr, L.HRTIMER_STATE, 0)
             answer = await self.cpu.call(function, [addr], self.machine.sched.idle[0], module=thread.module)
             if not to_int(answer):
                 return None
-            space.store(addr + state, 1, 1)
-            return space.load(addr + expires) / 1e9 - self.machine.clock.now()
+            space.put(addr, L.HRTIMER_STATE, 1)
+            return (space.get(addr, L.HRTIMER_EXPIRES) - offset) / 1e9 - self.machine.clock.now()
 
         self._start_timer(addr, delay / 1e9, fire)
         return 0
@@ -422,6 +438,7 @@ class Events:
         timer = self._timers.get(addr)
         if timer is None:
             return 0
+        timer.stopped = True
         if timer.scope is not None:
             timer.scope.cancel()
             timer.scope = None
@@ -440,9 +457,7 @@ class Events:
             except OSError:
                 pass  # crashed: the log has it
 
-        from klpfs.kernel.sched import detached
-
-        detached(self.machine.nursery, later, name="rcu callback")
+        self._detached(later, name="rcu callback")
         return 0
 
     # -- kernel threads ---------------------------------------------------------------------------------------------
@@ -461,9 +476,7 @@ class Events:
         if kthread is None or kthread.started:
             return 0
         kthread.started = True
-        from klpfs.kernel.sched import detached
-
-        detached(self.machine.nursery, self._run_kthread, kthread, name=f"kthread {kthread.task.comm}")
+        self._detached(self._run_kthread, kthread, name=f"kthread {kthread.task.comm}")
         return 1
 
     async def _run_kthread(self, kthread: _Kthread) -> None:

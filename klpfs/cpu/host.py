@@ -130,6 +130,7 @@ class Cpu:
         self._console: tuple[int, ...] = ()
         self.send(proto.Start(self.limits, machine.sched.cpus, seed[:16], canary))
         machine.ftrace.on_patched.append(self._on_patched)
+        machine.ftrace.module_site = self._module_site
         machine.nursery.start_soon(self.process.run_pump, name="sandbox pump")
         machine.nursery.start_soon(self.process.run_writer, name="sandbox writer")
 
@@ -316,6 +317,13 @@ class Cpu:
             del self.debug_sites[addr], self._debugging[addr]
 
     # -- patched functions ------------------------------------------------------------------------------------------
+
+    def _module_site(self, addr: int) -> bool | None:
+        """Whether the compiler left room for a call at the entry of a module's function; not of ``notrace`` ones."""
+        for code in self.modules.values():
+            if code.contains(addr):
+                return bool(code.ftrace_site(addr))
+        return None
 
     def _on_patched(self, addr: int, on: bool) -> None:
         if not self.alive:

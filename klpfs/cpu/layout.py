@@ -73,6 +73,16 @@ SPACE_SIZE: Final = sum(area.size for area in AREAS.values())
 PERCPU_SIZE: Final = 256 << 10
 PERCPU_HOT: Final = 0x34000
 """Address of ``pcpu_hot`` in a per-CPU area; per-CPU symbols are offsets from 0, as in the kernel."""
+HRTIMER_BASES: Final = 0x35000
+"""``hrtimer_bases.clock_base`` in a per-CPU area: one ``struct hrtimer_clock_base`` for each of HRTIMER_CLOCKS."""
+HRTIMER_BASE_SIZE: Final = 64
+HRTIMER_CLOCKS: Final = (
+    (1, "ktime_get"),
+    (0, "ktime_get_real_fast_ns"),
+    (7, "ktime_get_boot_fast_ns"),
+    (11, "ktime_get_real_fast_ns"),
+)
+"""Number of the clock (CLOCK_MONOTONIC and so on) and the kernel function that tells its time."""
 PERCPU_MODULES: Final = 0x36000
 """Where the per-CPU data of modules begin."""
 PERCPU_CANARY: Final = 0x28
@@ -203,7 +213,11 @@ TIMER_FLAGS: Final = Field(32, 4)
 HRTIMER_EXPIRES: Final = Field(24, 8)
 HRTIMER_SOFTEXPIRES: Final = Field(32, 8)
 HRTIMER_FUNCTION: Final = Field(40, 8)
+HRTIMER_BASE: Final = Field(48, 8)
 HRTIMER_STATE: Final = Field(56, 1)
+CLOCK_BASE_INDEX: Final = Field(8, 4)
+CLOCK_BASE_CLOCKID: Final = Field(12, 4)
+CLOCK_BASE_GET_TIME: Final = Field(48, 8)
 
 COMPLETION_DONE: Final = Field(0, 4)
 COMPLETION_LIST: Final = Field(16, 16)

@@ -249,6 +249,12 @@ class Vmlinux:
         array = [self.function(f"param_array_{what}") for what in ("set", "get", "free")]
         self._put("param_array_ops", struct.pack("<IIQQQ", 0, 0, *array))
         self.function("autoremove_wake_function")
+        for cpu in range(L.NR_CPUS):
+            base = AREAS["percpu"].base + cpu * L.PERCPU_SIZE + L.HRTIMER_BASES
+            for i, (clock, getter) in enumerate(L.HRTIMER_CLOCKS):
+                self._space.put(base + i * L.HRTIMER_BASE_SIZE, L.CLOCK_BASE_INDEX, i)
+                self._space.put(base + i * L.HRTIMER_BASE_SIZE, L.CLOCK_BASE_CLOCKID, clock)
+                self._space.put(base + i * L.HRTIMER_BASE_SIZE, L.CLOCK_BASE_GET_TIME, self.function(getter))
 
     @property
     def data_end(self) -> int:

@@ -59,9 +59,12 @@ class ModuleLayout(NamedTuple):
         return sum(self.sizes.get(kind, 0) for kind in INIT_TYPES)
 
     def address(self, section: int, bases: dict[int, int]) -> int | None:
-        """Address of a section when the memory types start at ``bases``; None when it is not loaded."""
+        """Address of a section when the memory types start at ``bases``; None when it is not loaded.
+
+        A type of no size has no memory: its sections, all of them empty, begin at 0 (``module_memory_alloc``).
+        """
         place = self.places.get(section)
-        return None if place is None else bases[place.type] + place.offset
+        return None if place is None else bases.get(place.type, 0) + place.offset
 
 
 class CoreSymbol(NamedTuple):

@@ -41,6 +41,8 @@ class Ftrace:
         self._ops: dict[int, list[FtraceOps]] = {}
         self.on_patched: list[Callable[[int, bool], None]] = []
         """Told ``(address, hooked)`` whenever the first hook of a function appears or the last one goes."""
+        self.module_site: Callable[[int], bool | None] = lambda addr: None
+        """Whether a function of a module has a site that can be hooked; None where nobody knows: then it has."""
 
     def location(self, addr: int) -> int:
         """``ftrace_location``: where the function at *addr* can be hooked; 0 if it cannot."""
@@ -48,6 +50,8 @@ class Ftrace:
         if hit is None or hit.offset != 0:
             return 0
         if hit.modname is None and not self._kallsyms.table.has_ftrace(addr):
+            return 0
+        if hit.modname is not None and self.module_site(addr) is False:
             return 0
         return addr
 

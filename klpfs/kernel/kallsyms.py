@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 __all__ = ["KSYM_NAME_LEN", "DictTable", "Kallsyms", "Resolved", "SymInfo", "Symbol", "SymbolTable"]
@@ -171,6 +172,11 @@ class Kallsyms:
         self._starts: list[int] = []
         self._names: list[str] = []
 
+    @cached_property
+    def _end(self) -> int:
+        """Where vmlinux ends (``is_ksym_addr``): no symbol of it has anything to do with addresses from there on."""
+        return max((s.address for s in self.table.lookup("_end")), default=1 << 64)
+
     def add_module(self, name: str, symbols: list[SymInfo]) -> None:
         """The symbols of a module are known from now on, in the order of its symbol table."""
         self.remove_module(name)
@@ -206,6 +212,8 @@ class Kallsyms:
             if j >= 0 and addr < symbols.ends[j]:
                 start = symbols.addrs[j]
                 return Resolved(symbols.functions[j].name, modname, addr - start, symbols.ends[j] - start)
+        if addr >= self._end:
+            return None
         hit = self.table.addr_to_symbol(addr)
         return None if hit is None else Resolved(hit[0], None, hit[1], hit[2])
 

@@ -122,6 +122,8 @@ class ModuleImage:
     sections: list[tuple[str, int]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     symbols: list[SymInfo] = field(default_factory=list)
+    core_symbols: list[SymInfo] | None = None
+    """The symbols that stay when init is through (``core_kallsyms``); None: all of them."""
     undefined: list[tuple[str, bool]] = field(default_factory=list)
     versions: dict[str, int] = field(default_factory=dict)
     exports: list[Export] = field(default_factory=list)
@@ -517,6 +519,9 @@ class Modules:
         mod.state = "live"
         mod.refcnt -= 1
         mod.init_freed = True
+        if mod.image.core_symbols is not None:
+            mod.image.symbols, mod.image.core_symbols = mod.image.core_symbols, None
+            self.kernel.kallsyms.add_module(mod.name, mod.image.symbols)
 
     async def _free_module(self, mod: Module, *, loaded: bool) -> None:
         """``free_module``."""

@@ -434,17 +434,30 @@ _timer_stops()
 def _hrtimer_init(m: Machine, t: Thread, timer: int, clock: int, mode: int) -> None:
     m.mem.write(timer, bytes(64))
     m.mem.store(timer, timer)
+    if clock == 0 and mode & 1:  # a relative time is one of CLOCK_MONOTONIC
+        clock = 1
+    index = next((i for i, (number, _) in enumerate(L.HRTIMER_CLOCKS) if number == clock), 0)
+    m.mem.put(timer, L.HRTIMER_BASE, L.AREAS["percpu"].base + L.HRTIMER_BASES + index * L.HRTIMER_BASE_SIZE)
+
+
+def _clock_offset(m: Machine, timer: int) -> int:
+    """Nanoseconds that the clock of *timer* is ahead of CLOCK_MONOTONIC."""
+    base = m.mem.get(timer, L.HRTIMER_BASE)
+    clock = m.mem.get(base, L.CLOCK_BASE_CLOCKID) if base else 1
+    page = {0: L.TIME_REAL, 11: L.TIME_REAL, 7: L.TIME_BOOT}.get(clock, L.TIME_MONOTONIC)
+    return m.space.load(L.TIME_PAGE + page) - m.now()
 
 
 @stub("hrtimer_start_range_ns")
 def _hrtimer_start(m: Machine, t: Thread, timer: int, time: int, delta: int, mode: int) -> Steps:
-    expires = time + m.now() if mode & 1 else time  # HRTIMER_MODE_REL
+    offset = _clock_offset(m, timer)
+    expires = time + m.now() + offset if mode & 1 else time  # HRTIMER_MODE_REL
     m.mem.put(timer, L.HRTIMER_EXPIRES, expires)
     m.mem.put(timer, L.HRTIMER_SOFTEXPIRES, expires)
     m.mem.put(timer, L.HRTIMER_STATE, 1)
     function = m.mem.get(timer, L.HRTIMER_FUNCTION)
-    delay = max(expires - m.now(), 0)
-    yield Ask("hrtimer_start", [timer, function, delay, L.HRTIMER_STATE.offset, L.HRTIMER_EXPIRES.offset])
+    delay = max(expires - offset - m.now(), 0)
+    yield Ask("hrtimer_start", [timer, function, delay, offset])
     return None
 
 
