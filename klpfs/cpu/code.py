@@ -82,6 +82,8 @@ class CpuCode(ElfCode):
         self.this_module = 0
         """Address of its ``struct module``."""
         self._name = elf.name
+        self.lists_tasks = any(name == "init_task" for name, _ in elf.undefined)
+        """Whether it may go through the list of all processes."""
         self._regions: dict[int, tuple[int, int]] = {}
         """Memory type to address and size, as long as it is mapped."""
         self._base = 0

@@ -84,6 +84,7 @@ class _Kthread:
     data: int
     module: str
     started: bool = False
+    signals: set[int] = field(default_factory=set)
     done: trio.Event = field(default_factory=trio.Event)
     code: int = -errno.EINTR
 
@@ -102,9 +103,9 @@ class Events:
 
     async def handle(self, thread: HostThread, event: proto.Event) -> Any:
         """Do what *event* asks for; the answer. An OSError becomes a negative errno."""
-        handler: Handler | None = getattr(self, f"on_{event.name}", None) or getattr(
-            self.files, f"on_{event.name}", None
-        )
+        handler: Handler | None = None
+        for part in (self, self.files, self.files.devices):
+            handler = handler or getattr(part, f"on_{event.name}", None)
         if handler is None:
             raise OSError(errno.EPROTO, f"the sandbox asked for {event.name}")
         task, state = thread.task, ""
@@ -458,6 +459,43 @@ class Events:
                 pass  # crashed: the log has it
 
         self._detached(later, name="rcu callback")
+        return 0
+
+    async def on_tasklet_schedule(self, thread: HostThread, addr: int) -> int:
+        """``tasklet_schedule``: run it in softirq context, as soon as it is not disabled."""
+        module, space = thread.module, self.cpu.space
+
+        async def softirq() -> None:
+            while space.load(addr + 16, 4):  # noqa: ASYNC110 - count: disabled, until code changes it in memory
+                await trio.sleep(_SOFTIRQ_DELAY)
+            space.store(addr + 8, 2)  # TASKLET_STATE_RUN, and no longer TASKLET_STATE_SCHED
+            argument = addr if space.load(addr + 20, 1) else space.load(addr + 32)
+            try:
+                await self.cpu.call(space.load(addr + 24), [argument], self.machine.sched.idle[0], module=module)
+            except OSError:
+                pass  # crashed: the log has it
+            finally:
+                space.store(addr + 8, space.load(addr + 8) & ~2)
+
+        self._detached(softirq, name=f"tasklet {addr:#x}")
+        return 0
+
+    async def on_variable(self, thread: HostThread, name: bytes | str) -> int:
+        """Where a variable of the kernel stands that a stub works on."""
+        return self.cpu.vmlinux.variable(name if isinstance(name, str) else name.decode())
+
+    async def on_allow_signal(self, thread: HostThread, pid: int, sig: int, allowed: bool) -> int:
+        """``allow_signal`` and ``disallow_signal`` of a kernel thread: it is woken by those that it lets in."""
+        kthread = self._kthreads.get(pid)
+        if kthread is None:
+            return 0
+        (kthread.signals.add if allowed else kthread.signals.discard)(sig)
+
+        def deliver(task: Task, number: int) -> None:
+            if number in kthread.signals and self.cpu.alive:
+                self.cpu.send(proto.Nudge(task.pid, signal=True))
+
+        kthread.task.on_signal = deliver
         return 0
 
     # -- kernel threads ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from klpfs.cpu import layout as L
+from klpfs.cpu.devices import Devices
 from klpfs.kernel.kobject import Kobject, KobjType
 from klpfs.kernfs import PAGE_SIZE, Attribute, Caller, FileOps, KernfsNode
 
@@ -78,6 +79,8 @@ class _ModuleKobject:
     show: int = 0
     store: int = 0
     module: str = ""
+    memory: int = 0
+    """What to free at the end of a dynamic one, if not *addr*."""
 
 
 class Files:
@@ -88,6 +91,7 @@ class Files:
         self.machine = cpu.machine
         self._kobjects: dict[int, _ModuleKobject] = {}
         self._entries: dict[int, KernfsNode] = {}
+        self.devices = Devices(cpu, self)
 
     # -- tasks ------------------------------------------------------------------------------------------------------
 
@@ -118,9 +122,18 @@ class Files:
             raise OSError(errno.ENOENT, "the kobject has no directory")
         return node
 
-    def _warn_duplicate(self, node: KernfsNode, name: str) -> None:
+    def warn_duplicate(self, node: KernfsNode, name: str) -> None:
+        """``sysfs_warn_dup``."""
         path = node.path().lstrip("/").removeprefix("sys/")
         self.machine.printk.logger("").warn(f"sysfs: cannot create duplicate filename '/{path}/{name}'")
+
+    def adopt(self, addr: int, kobj: Kobject) -> None:
+        """*kobj*, whose life is somebody else's business, stands at *addr*: attributes can be added to it."""
+        self._kobjects[addr] = _ModuleKobject(kobj, addr, False)
+
+    def disown(self, addr: int) -> None:
+        """Undo :meth:`adopt`."""
+        self._kobjects.pop(addr, None)
 
     def _add(self, addr: int, parent: int, name: str, entry: _ModuleKobject) -> None:
         where = self._parent(parent)
@@ -129,7 +142,7 @@ class Files:
         except OSError as error:
             node = where.node if isinstance(where, Kobject) else where
             if error.errno == errno.EEXIST and node is not None:
-                self._warn_duplicate(node, name)
+                self.warn_duplicate(node, name)
                 self.machine.printk.logger("").err(
                     f"kobject: kobject_add_internal failed for {name} with -EEXIST, don't try to register things with "
                     "the same name in the same directory."
@@ -153,6 +166,20 @@ class Files:
             self.cpu.heap.free(addr)
             return 0
         return addr
+
+    async def on_kset_create(self, thread: HostThread, name: bytes, parent: int) -> int:
+        """``kset_create_and_add``: the address of the kset, whose kobject lies inside; 0 if it cannot be added."""
+        kset = self.cpu.heap.alloc(L.KSET_SIZE)
+        self.cpu.space.store(kset, kset)
+        self.cpu.space.store(kset + 8, kset)
+        addr = kset + L.KSET_KOBJ
+        entry = _ModuleKobject(Kobject(self.machine.kernfs, KobjType()), addr, True, module=thread.module, memory=kset)
+        try:
+            self._add(addr, parent, name.decode("utf-8", "surrogateescape"), entry)
+        except OSError:
+            self.cpu.heap.free(kset)
+            return 0
+        return kset
 
     async def on_kobject_add(
         self,
@@ -193,12 +220,12 @@ class Files:
             return 0
         del self._kobjects[addr]
         name = self.cpu.space.get(addr, L.KOBJECT_NAME)
-        if self.cpu.heap.owns(name):
-            self.cpu.heap.free(name)
         if entry.dynamic:
-            self.cpu.heap.free(addr)
+            self.cpu.heap.free(entry.memory or addr)
         elif entry.release:
             await self.cpu.call(entry.release, [addr], thread.task, module=entry.module)
+        if self.cpu.heap.owns(name):
+            self.cpu.heap.free(name)  # after the release, which may print it (kobject_cleanup)
         return 0
 
     async def on_kobject_del(self, thread: HostThread, addr: int) -> int:
@@ -235,7 +262,7 @@ class Files:
             try:
                 node = self.machine.kernfs.create_dir(node, name)
             except OSError:
-                self._warn_duplicate(node, name)
+                self.warn_duplicate(node, name)
                 raise
         made: list[KernfsNode] = []
         for addr, raw, mode, show, store in attrs:
@@ -247,7 +274,7 @@ class Files:
                     self.machine.kernfs.create_file(node, name, self._attribute(kobj, addr, show, store), mode & 0o777)
                 )
             except OSError:
-                self._warn_duplicate(node, name)
+                self.warn_duplicate(node, name)
                 for done in made:
                     await self.machine.kernfs.remove(done)
                 raise
@@ -375,38 +402,78 @@ class Files:
             cpu.heap.free(buf)
         return bytes(out)
 
-    def _operations(self, calls: tuple[int, ...], data: int) -> ModuleFile:
-        """A file of open, read, write and release functions (0: none): opened for every read and write."""
-        cpu = self.cpu
-        open_, read, write, release = calls
+    def device(self, find: Callable[[], tuple[int, int, int, int]]) -> ModuleFile:
+        """The node of a device. *find*: its ``file_operations``, number, cdev and private data, or OSError."""
 
-        async def with_file(task: Task | None, body: Callable[[int], Awaitable[Any]]) -> Any:
+        def start(inode: int, file: int) -> tuple[int, ...]:
+            fops, number, cdev, private = find()
+            space = self.cpu.space
+            space.put(inode, L.INODE_RDEV, number)
+            space.put(inode, L.INODE_CDEV, cdev)
+            space.put(file, L.FILE_PRIVATE, private)
+            space.put(file, L.FILE_OP, fops)
+            owner = space.get(fops, L.FOPS_OWNER)
+            calls = (space.get(fops, f) for f in (L.FOPS_OPEN, L.FOPS_READ, L.FOPS_WRITE, L.FOPS_RELEASE))
+            return (*calls, owner)
+
+        return self._operations((0, 1, 1, 0), 0, start)
+
+    def _operations(
+        self, calls: tuple[int, ...], data: int, start: Callable[[int, int], tuple[int, ...]] | None = None
+    ) -> ModuleFile:
+        """A file of open, read, write and release functions (0: none): opened for every read and write.
+
+        With *start*, which gets inode and file, these are what it answers, with the owning ``struct module`` behind
+        them, which is held meanwhile.
+        """
+        cpu = self.cpu
+        modules = self.machine.modules
+
+        async def with_file(task: Task | None, body: Callable[[int, int, int], Awaitable[Any]]) -> Any:
             inode, file = cpu.heap.alloc(L.INODE_SIZE), cpu.heap.alloc(L.FILE_SIZE)
+            owner = None
             try:
                 cpu.space.put(inode, L.INODE_PRIVATE, data)
                 cpu.space.put(file, L.FILE_INODE, inode)
+                open_, read, write, release = calls
+                if start is not None:
+                    open_, read, write, release, holder = start(inode, file)
+                    owner = modules.modules.get(cpu.module_name(holder) or "") if holder else None
+                    if owner is not None and not modules.try_module_get(owner):
+                        owner = None
+                        raise OSError(errno.ENXIO, "the driver is going")
                 if open_:
                     answer = await cpu.call(open_, [inode, file], task)
                     if answer & 0xFFFFFFFF:
                         raise OSError((1 << 32) - (answer & 0xFFFFFFFF), "open refused")
                 try:
-                    return await body(file)
+                    return await body(file, read, write)
                 finally:
                     if release:
                         await cpu.call(release, [inode, file], task)
             finally:
+                if owner is not None:
+                    modules.module_put(owner)
                 cpu.heap.free(file)
                 cpu.heap.free(inode)
 
         async def do_show(caller: Caller) -> bytes:
             task = self._task(caller)
-            text: bytes = await with_file(task, lambda file: self._read_all(read, file, task))
+
+            async def body(file: int, read: int, _: int) -> bytes:
+                if not read:
+                    raise OSError(errno.EINVAL, "no read")
+                return await self._read_all(read, file, task)
+
+            text: bytes = await with_file(task, body)
             return text
 
         async def do_store(text: bytes, caller: Caller) -> int:
             task = self._task(caller)
 
-            async def body(file: int) -> int:
+            async def body(file: int, _: int, write: int) -> int:
+                if not write:
+                    raise OSError(errno.EINVAL, "no write")
                 buf, position = cpu.heap.alloc(len(text) + 1, text), cpu.heap.alloc(8)
                 try:
                     return _signed(await cpu.call(write, [file, buf, len(text), position], task))
@@ -419,7 +486,7 @@ class Files:
                 raise OSError(-answer, f"write answered {answer}")
             return min(answer, len(text))
 
-        return ModuleFile(do_show if read else None, do_store if write else None, attribute=False)
+        return ModuleFile(do_show if calls[1] else None, do_store if calls[2] else None, attribute=False)
 
     async def on_proc_mkdir(self, thread: HostThread, name: bytes, parent: int) -> int:
         """``proc_mkdir``."""
@@ -505,8 +572,67 @@ class Files:
         where = self._directory(parent, "sys/kernel/debug")
         ops = Attribute(show if mode & 0o444 else None, store if mode & 0o222 else None)
         ops.strict_open = False
+        ops.size = 0
         text = name.decode("utf-8", "surrogateescape")
         return self._token(self.machine.kernfs.create_file(where, text, ops, mode & 0o777))
+
+    def _debugfs_file(self, name: bytes, mode: int, parent: int, show: Callable[[], bytes]) -> int:
+        where = self._directory(parent, "sys/kernel/debug")
+        ops = Attribute(show if mode & 0o444 else None)
+        ops.strict_open = ops.page = False
+        ops.size = 0
+        text = name.decode("utf-8", "surrogateescape")
+        return self._token(self.machine.kernfs.create_file(where, text, ops, mode & 0o777))
+
+    async def on_debugfs_create_blob(self, thread: HostThread, name: bytes, mode: int, parent: int, blob: int) -> int:
+        """``debugfs_create_blob``: the bytes of a ``struct debugfs_blob_wrapper`` (data, size)."""
+        space = self.cpu.space
+        return self._debugfs_file(
+            name, mode, parent, lambda: space.read(space.load(blob), min(space.load(blob + 8), _MAX_FILE))
+        )
+
+    async def on_debugfs_create_str(self, thread: HostThread, name: bytes, mode: int, parent: int, where: int) -> int:
+        """``debugfs_create_str``: what a ``char *`` points to, for reading."""
+        space = self.cpu.space
+        return self._debugfs_file(name, mode & 0o444, parent, lambda: space.cstring(space.load(where)) + b"\n")
+
+    async def on_debugfs_create_symlink(self, thread: HostThread, name: bytes, parent: int, target: bytes) -> int:
+        """``debugfs_create_symlink``."""
+        where, text = self._directory(parent, "sys/kernel/debug"), name.decode("utf-8", "surrogateescape")
+        return self._token(self.machine.kernfs.create_link(where, text, target.decode("utf-8", "surrogateescape")))
+
+    async def on_proc_symlink(self, thread: HostThread, name: bytes, parent: int, target: bytes) -> int:
+        """``proc_symlink``."""
+        where, last = self._proc_path(name, parent)
+        try:
+            return self._token(self.machine.kernfs.create_link(where, last, target.decode("utf-8", "surrogateescape")))
+        except OSError:
+            return 0
+
+    async def on_debugfs_lookup(self, thread: HostThread, name: bytes, parent: int) -> int:
+        """``debugfs_lookup``: the dentry, or 0."""
+        node = self._directory(parent, "sys/kernel/debug").get(name.decode("utf-8", "surrogateescape"))
+        return next((addr for addr, entry in self._entries.items() if entry is node), 0)
+
+    async def on_debugfs_lookup_and_remove(self, thread: HostThread, name: bytes, parent: int) -> int:
+        """``debugfs_lookup_and_remove``."""
+        return await self.on_debugfs_remove(thread, await self.on_debugfs_lookup(thread, name, parent))
+
+    async def on_sysfs_create_link(self, thread: HostThread, kobj: int, target: int, name: bytes) -> int:
+        """``sysfs_create_link``: from the directory of one kobject to that of another."""
+        node, text = self._node(kobj), name.decode("utf-8", "surrogateescape")
+        up = node.path().strip("/").count("/")
+        where = "../" * up + self._node(target).path().strip("/").removeprefix("sys/")
+        try:
+            self.machine.kernfs.create_link(node, text, where)
+        except OSError:
+            self.warn_duplicate(node, text)
+            raise
+        return 0
+
+    async def on_sysfs_remove_link(self, thread: HostThread, kobj: int, name: bytes) -> int:
+        """``sysfs_remove_link``."""
+        return await self.on_sysfs_remove(thread, kobj, None, [name])
 
     async def on_debugfs_remove(self, thread: HostThread, addr: int) -> int:
         """``debugfs_remove``: the entry and everything below; nothing for NULL and error pointers."""

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from klpfs.cpu.code import CpuCode
     from klpfs.elf.reader import ElfModule
     from klpfs.kernel.dynamic_debug import DebugSite
+    from klpfs.kernel.module import Module
     from klpfs.kernel.sched import Task
     from klpfs.machine import Machine
 
@@ -56,6 +57,8 @@ log = logging.getLogger(__name__)
 _NOBODY = proto.TaskInfo(1, 1, "insmod")
 """Whom code runs for when it is called from outside."""
 _NS = 1_000_000_000
+_MAX_TASKS = 1024
+"""How many processes modules see at most: each takes ten kilobytes."""
 
 
 def to_errno(value: int) -> int:
@@ -128,9 +131,11 @@ class Cpu:
         self._states: dict[int, int] = {}
         self._foreign: dict[str, int] = {}
         self._console: tuple[int, ...] = ()
+        self._tasks: list[proto.TaskInfo] = []
         self.send(proto.Start(self.limits, machine.sched.cpus, seed[:16], canary))
         machine.ftrace.on_patched.append(self._on_patched)
         machine.ftrace.module_site = self._module_site
+        machine.modules.notifier = self._notify_modules
         machine.nursery.start_soon(self.process.run_pump, name="sandbox pump")
         machine.nursery.start_soon(self.process.run_writer, name="sandbox writer")
 
@@ -253,6 +258,8 @@ class Cpu:
             if self._debugging.get(addr, False) != site.enabled:
                 self._debugging[addr] = site.enabled
                 self.send(proto.Key(addr + L.DDEBUG_KEY.offset, site.enabled))
+        if any(code.lists_tasks for code in self.modules.values()):
+            self._list_tasks()
         printk = machine.printk
         levels = (
             printk.console_loglevel,
@@ -264,6 +271,14 @@ class Cpu:
             self._console = levels
             for i, level in enumerate(levels):
                 space.store(self.vmlinux.variable("console_printk") + 4 * i, level, 4)
+
+    def _list_tasks(self) -> None:
+        """The processes, for modules that go through them."""
+        tasks = [t for t in self.machine.sched.for_each_process_thread() if t.pid == t.tgid and t.pid]
+        infos = [proto.TaskInfo(t.pid, t.tgid, t.comm, t.kthread) for t in tasks[:_MAX_TASKS]]
+        if infos != self._tasks:
+            self._tasks = infos
+            self.send(proto.Tasks(infos))
 
     def _collect(self) -> None:
         """What code may have changed in the kernel's variables."""
@@ -315,6 +330,22 @@ class Cpu:
         """A module's memory goes."""
         for addr in [a for a in self.debug_sites if base <= a < base + size]:
             del self.debug_sites[addr], self._debugging[addr]
+
+    async def _notify_modules(self, mod: Module, robust: bool) -> int:
+        """Call the notifiers of ``module_notify_list``; 0, or the negative errno of one that refused."""
+        chain = self.vmlinux.variable("module_notify_list")
+        if not self.alive or not self.space.load(chain + L.BLOCKING_NOTIFIER_HEAD):
+            return 0
+        states, addr = L.MODULE_STATES, self.module_address(mod.name)
+        args = [chain, states[mod.state.upper()], addr]
+        name = "blocking_notifier_call_chain"
+        if robust:
+            name, args = f"{name}_robust", [*args[:2], states["GOING"], addr]
+        try:
+            answer = to_errno(await self.call(self.vmlinux.function(name), args)) & ~0x8000
+        except ModuleOops:
+            return 0  # the kernel would have lost the task; the log has it
+        return 1 - answer if answer > 1 else 0  # notifier_to_errno()
 
     # -- patched functions ------------------------------------------------------------------------------------------
 

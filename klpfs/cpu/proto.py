@@ -187,6 +187,12 @@ class Key(msgspec.Struct, array_like=True, tag=14):
     on: bool
 
 
+class Tasks(msgspec.Struct, array_like=True, tag=15):
+    """All processes of the machine: what ``for_each_process`` goes through."""
+
+    items: list[TaskInfo]
+
+
 ToSandbox = (
     Start
     | Map
@@ -203,6 +209,7 @@ ToSandbox = (
     | Nudge
     | Forget
     | Key
+    | Tasks
 )
 
 

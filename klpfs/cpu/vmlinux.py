@@ -35,7 +35,7 @@ __all__ = ["INITIAL_JIFFIES", "Vmlinux"]
 INITIAL_JIFFIES = (-300 * L.HZ) & 0xFFFFFFFF
 """``jiffies`` at boot: five minutes before the 32 bits wrap (include/linux/jiffies.h)."""
 
-_FREE_DATA = L.TIME_PAGE + L.PAGE_SIZE
+_FREE_DATA = L.INIT_TASK + 3 * L.PAGE_SIZE
 _WORKQUEUES = tuple(name for name in DATA if name.startswith("system_") and name.endswith("_wq"))
 _PARAM_OPS = {
     # type: set, get, free, KERNEL_PARAM_OPS_FL_NOARG
@@ -95,7 +95,11 @@ class Vmlinux:
         """Functions that the sandbox must be told about."""
         self._next_slot = L.TEXT_SLOTS
         self._next_data = _FREE_DATA
-        self.data: dict[str, int] = {"jiffies": L.TIME_PAGE + L.TIME_JIFFIES, "init_nsproxy": L.INIT_NSPROXY}
+        self.data: dict[str, int] = {
+            "jiffies": L.TIME_PAGE + L.TIME_JIFFIES,
+            "init_nsproxy": L.INIT_NSPROXY,
+            "init_task": L.INIT_TASK,
+        }
         self.kernel_kobj = self._reserve(L.KOBJECT_SIZE)
         self.workqueues: dict[int, str] = {}
         self._fill()
@@ -217,6 +221,10 @@ class Vmlinux:
         space.put(init, L.TASK_NSPROXY, L.INIT_NSPROXY)
         space.put(L.INIT_NSPROXY, L.NSPROXY_COUNT, 1)
         space.put(L.INIT_NSPROXY, L.NSPROXY_UTS_NS, self.variable("init_uts_ns"))
+        for offset in (0, 8):
+            space.store(init + L.TASK_TASKS.offset + offset, init + L.TASK_TASKS.offset)
+        for member in (L.TASK_REAL_PARENT, L.TASK_PARENT, L.TASK_GROUP_LEADER):
+            space.put(init, member, init)
         self._fill_pointers()
 
     def _fill_texts(self, profile: Profile, command_line: bytes) -> None:
@@ -256,7 +264,6 @@ class Vmlinux:
                 self._space.put(base + i * L.HRTIMER_BASE_SIZE, L.CLOCK_BASE_CLOCKID, clock)
                 self._space.put(base + i * L.HRTIMER_BASE_SIZE, L.CLOCK_BASE_GET_TIME, self.function(getter))
 
-    @property
     def data_end(self) -> int:
         """First free address of the data area."""
         return self._next_data

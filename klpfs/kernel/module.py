@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -193,6 +193,8 @@ class Modules:
         self.kernel = kernel
         self.livepatch: Livepatch | None = None
         self.modules: dict[str, Module] = {}
+        self.notifier: Callable[[Module, bool], Awaitable[int]] | None = None
+        """What calls the notifiers that modules registered; the bool: those told are told of the end, too."""
         self._log = kernel.printk.logger("")
         self._root = kernel.kernfs.make_path("sys/module")
         self._next_addr = MODULE_AREA
@@ -463,7 +465,7 @@ class Modules:
     async def _load(self, mod: Module, args: str) -> None:
         livepatch = self.livepatch
         assert livepatch is not None
-        loaded = coming = False
+        loaded = coming = told = False
         try:
             self._augment_taints(mod)
             await self._simplify_symbols(mod)
@@ -475,17 +477,27 @@ class Modules:
             mod.state = "coming"
             await livepatch.klp_module_coming(mod)
             coming = True
+            error = await self.notify(mod, robust=True)
+            if error:
+                raise OSError(-error, f"{mod.name}: refused by a notifier")
+            told = True
             await self._parse_args(mod, args)
             self._sysfs_setup(mod)
         except BaseException:
             with trio.CancelScope(shield=True):
                 if mod.state == "coming":
                     mod.state = "going"
+                if told:
+                    await self.notify(mod)
                 if coming:
                     await livepatch.klp_module_going(mod)
                 await self._free_module(mod, loaded=loaded)
             raise
         await self._do_init_module(mod)
+
+    async def notify(self, mod: Module, *, robust: bool = False) -> int:
+        """Tell ``module_notify_list`` the state of *mod*; 0 or a negative errno. *robust*: take it back if refused."""
+        return 0 if self.notifier is None else await self.notifier(mod, robust)
 
     async def _parse_args(self, mod: Module, args: str) -> None:
         async def set_param(desc: ParamDesc, text: str) -> None:
@@ -508,6 +520,7 @@ class Modules:
         if ret < 0:
             mod.state = "going"
             mod.refcnt -= 1
+            await self.notify(mod)
             await livepatch.klp_module_going(mod)
             await self._free_module(mod, loaded=True)
             raise OSError(-ret, f"{mod.name}: init answered {ret}")
@@ -517,6 +530,7 @@ class Modules:
                 "do_init_module: loading module anyway..."
             )
         mod.state = "live"
+        await self.notify(mod)
         mod.refcnt -= 1
         mod.init_freed = True
         if mod.image.core_symbols is not None:
@@ -563,6 +577,7 @@ class Modules:
         with trio.CancelScope(shield=True):
             if mod.image.has_exit:
                 await mod.code.exit(mod)
+            await self.notify(mod)
             assert self.livepatch is not None
             await self.livepatch.klp_module_going(mod)
             await self._free_module(mod, loaded=True)

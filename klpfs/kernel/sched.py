@@ -295,11 +295,11 @@ class Sched:
     def signal(self, task: Task, sig: int) -> None:
         """Deliver signal *sig* to *task* as ``kill(2)`` would.
 
-        Kernel threads ignore signals. 0 only checks. SIGSTOP and its kin stop, SIGCONT goes on. There are no handlers:
-        all others end the task, an uninterruptible sleeper and one that runs in the kernel when they leave it, a
-        stopped one when it goes on, unless it is SIGKILL.
+        Kernel threads ignore signals, unless they listen. 0 only checks. SIGSTOP and its kin stop, SIGCONT goes on.
+        There are no handlers: all others end the task, an uninterruptible sleeper and one that runs in the kernel when
+        they leave it, a stopped one when it goes on, unless it is SIGKILL.
         """
-        if sig == 0 or task.kthread:
+        if sig == 0 or (task.kthread and task.on_signal is None):
             return
         if task.on_signal is not None:
             task.on_signal(task, sig)

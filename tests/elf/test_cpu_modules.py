@@ -154,3 +154,402 @@ def test_a_function_without_an_ftrace_site_cannot_be_patched(run: Any) -> None:
             await m.init_module(build("lp2", PATCH.replace("FUNCTION", "traced") + EXIT))
 
     run(main)
+
+
+NOTIFIER = r"""
+struct block { int (*call)(struct block *, u64, void *); struct block *next; int priority; };
+int register_module_notifier(struct block *); int unregister_module_notifier(struct block *);
+static int say(struct block *b, u64 state, void *mod) {
+    pr("%d: %s is %d, %d\n", b->priority, (char *)mod + 24, (int)state, *(int *)mod);
+    return b->priority == 1 && state == 1 && ((char *)mod)[24] == 'x' ? 0x8000 | 2 : 1;
+}
+static struct block low = { say, 0, 1 }, high = { say, 0, 2 };
+int init_module(void) { return register_module_notifier(&low) ?: register_module_notifier(&high); }
+void cleanup_module(void) { unregister_module_notifier(&high); unregister_module_notifier(&low); }
+"""
+QUIET = "int init_module(void) { return RESULT; }\n" + EXIT
+
+
+def test_module_notifiers_see_modules_come_and_go(run: Any) -> None:
+    async def main() -> None:
+        async with executing() as (m, _):
+            await m.init_module(build("watcher", NOTIFIER))
+            since = m.printk.next_seq
+            await m.init_module(build("other", QUIET.replace("RESULT", "0")))
+            await m.delete_module("other")
+            with pytest.raises(OSError, match="init answered -19"):
+                await m.init_module(build("failing", QUIET.replace("RESULT", "-19")))
+            assert loaded(m, since) == [
+                *("2: other is 1, 1", "1: other is 1, 1", "2: other is 0, 0", "1: other is 0, 0"),
+                *("2: other is 2, 2", "1: other is 2, 2"),
+                *("2: failing is 1, 1", "1: failing is 1, 1", "2: failing is 2, 2", "1: failing is 2, 2"),
+            ]
+            since = m.printk.next_seq
+            await m.delete_module("watcher")
+            await m.init_module(build("other", QUIET.replace("RESULT", "0")))
+            # the watcher's own end is told after its exit function, when nobody listens any more
+            assert loaded(m, since) == []
+
+    run(main)
+
+
+def test_a_module_notifier_can_refuse_a_module(run: Any) -> None:
+    async def main() -> None:
+        async with executing() as (m, _):
+            await m.init_module(build("watcher", NOTIFIER))
+            since = m.printk.next_seq
+            with pytest.raises(OSError, match="refused by a notifier") as refused:
+                await m.init_module(build("xother", QUIET.replace("RESULT", "0")))
+            assert refused.value.errno == errno.EPERM
+            # those who had agreed before are told that it goes again; it is still coming then
+            assert loaded(m, since) == ["2: xother is 1, 1", "1: xother is 1, 1", "2: xother is 2, 1"]
+            assert m.modules.find_module("xother") is None
+
+    run(main)
+
+
+MISC = r"""
+struct file; struct inode;
+struct fops { void *owner; long pad0[2]; long (*read)(struct file *, char *, size_t, long *);
+    long (*write)(struct file *, const char *, size_t, long *); long pad1[8];
+    int (*open)(struct inode *, struct file *);
+    void *pad2; int (*release)(struct inode *, struct file *); char pad3[136]; };
+_Static_assert(sizeof(struct fops) == 264, "file_operations");
+struct misc { int minor; const char *name; const struct fops *fops; void *list[2]; void *parent, *this_device;
+    void *groups; const char *nodename; u16 mode; };
+int misc_register(struct misc *); void misc_deregister(struct misc *);
+int _dev_info(const void *, const char *, ...);
+long simple_read_from_buffer(void *, size_t, long *, const void *, size_t);
+u64 _copy_from_user(void *, const void *, u64);
+static char text[32] = "hello\n"; static u64 length = 6;
+static struct misc misc;
+static int open(struct inode *i, struct file *f) { pr("open %d\n", *(void **)((char *)f + 32) == &misc); return 0; }
+static int release(struct inode *i, struct file *f) { pr("release\n"); return 0; }
+static long read(struct file *f, char *to, size_t n, long *at) {
+    return simple_read_from_buffer(to, n, at, text, length);
+}
+static long write(struct file *f, const char *from, size_t n, long *at) {
+    if (n > sizeof(text))
+        return -28;
+    _copy_from_user(text, from, n);
+    return length = n;
+}
+static const struct fops fops = { .owner = &__this_module, .read = read, .write = write, .open = open,
+    .release = release };
+static struct misc misc = { .minor = 255, .name = "gadget", .fops = &fops, .mode = 0644 };
+int init_module(void) {
+    int error = misc_register(&misc);
+    if (!error)
+        _dev_info(misc.this_device, "minor %d\n", misc.minor);
+    return error;
+}
+void cleanup_module(void) { misc_deregister(&misc); misc_deregister(&misc); }
+"""
+
+
+def test_a_misc_device_has_a_node_that_calls_its_module(run: Any) -> None:
+    async def main() -> None:
+        async with executing() as (m, _):
+            since = m.printk.next_seq
+            await m.init_module(build("gadget", MISC))
+            assert m.kernfs.lookup("dev/gadget").mode & 0o777 == 0o644
+            assert await m.kernfs.read_file("dev/gadget") == b"hello\n"
+            assert await m.kernfs.write_file("dev/gadget", b"bye\n") == 4
+            assert await m.kernfs.read_file("dev/gadget") == b"bye\n"
+            with pytest.raises(OSError, match="-28"):
+                await m.kernfs.write_file("dev/gadget", bytes(40))
+            assert await m.kernfs.read_file("sys/devices/virtual/misc/gadget/dev") == b"10:256\n"
+            assert m.kernfs.lookup("sys/class/misc/gadget") is not None
+            assert loaded(m, since) == ["misc gadget: minor 256", *["open 1", "release"] * 4]
+            assert m.modules.find_module("gadget").refcnt == 0
+            await m.delete_module("gadget")
+            assert m.kernfs.lookup("dev/gadget") is None
+            assert any("misc.c:275" in line for line in lines(m, since))  # it is registered no more the second time
+
+    run(main)
+
+
+CHRDEV = r"""
+struct cdev { char kobj[64]; void *owner; const void *ops; void *list[2]; u32 dev, count; };
+int alloc_chrdev_region(u32 *, u32, u32, const char *); int register_chrdev_region(u32, u32, const char *);
+void unregister_chrdev_region(u32, u32); void cdev_init(struct cdev *, const void *);
+int cdev_add(struct cdev *, u32, u32); void cdev_del(struct cdev *);
+void *class_create(const char *); void class_destroy(void *);
+void *device_create(void *, void *, u32, void *, const char *, ...); void device_destroy(void *, u32);
+long simple_read_from_buffer(void *, size_t, long *, const void *, size_t);
+static long read(void *f, char *to, size_t n, long *at) { return simple_read_from_buffer(to, n, at, "char\n", 5); }
+static const struct { void *pad0[3]; void *read; char pad1[232]; } fops = { .read = read };
+static u32 dev; static struct cdev cdev; static void *cls;
+int init_module(void) {
+    int error = alloc_chrdev_region(&dev, 3, 2, "chars");
+    if (error)
+        return error;
+    pr("%d:%d, again %d\n", dev >> 20, dev & 0xfffff, register_chrdev_region(dev + 1, 1, "late"));
+    cls = class_create("chars");
+    pr("duplicate %d\n", (int)(long)class_create("chars"));
+    device_create(cls, NULL, dev + 1, NULL, "char%d", 1);
+    return 0;
+}
+static int set(const char *text, const void *kp) {
+    if (text[0] == '0') {
+        cdev_del(&cdev);
+        return 0;
+    }
+    cdev_init(&cdev, &fops);
+    return cdev_add(&cdev, dev, 2);
+}
+static const struct kernel_param_ops ops = { 0, set, NULL, NULL };
+PARAM(drive, &ops, "int", NULL, 0200)
+void cleanup_module(void) { device_destroy(cls, dev + 1); class_destroy(cls); unregister_chrdev_region(dev, 2); }
+"""
+
+
+def test_a_character_device_is_found_by_its_number(run: Any) -> None:
+    async def main() -> None:
+        async with executing() as (m, _):
+            since = m.printk.next_seq
+            await m.init_module(build("chars", CHRDEV))
+            assert loaded(m, since)[0].startswith("246:3, again -16")
+            assert loaded(m, since)[-1] == "duplicate -17"
+            with pytest.raises(OSError, match="no driver for 246:4") as refused:
+                await m.kernfs.read_file("dev/char1")
+            assert refused.value.errno == errno.ENXIO
+            await m.kernfs.write_file("sys/module/chars/parameters/drive", b"1")
+            assert await m.kernfs.read_file("dev/char1") == b"char\n"
+            await m.kernfs.write_file("sys/module/chars/parameters/drive", b"0")
+            with pytest.raises(OSError, match="no driver"):
+                await m.kernfs.read_file("dev/char1")
+            await m.delete_module("chars")
+            assert m.kernfs.lookup("dev/char1") is None
+            assert m.kernfs.lookup("sys/class/chars") is None
+
+    run(main)
+
+
+def test_attribute_groups_hide_what_is_not_visible_and_ksets_hold_kobjects(run: Any) -> None:
+    source = r"""
+struct attr { const char *name; u16 mode; long (*show)(void *, struct attr *, char *); void *store; };
+struct group { const char *name; u16 (*is_visible)(void *, struct attr *, int); void *bin; struct attr **attrs;
+    void *b; };
+struct kobj { const char *name; void *entry[2]; struct kobj *parent; void *kset; void *ktype, *sd; int ref;
+    char bits[4]; };
+struct ktype { void (*release)(struct kobj *); const void *ops; const struct group **groups; void *pad[4]; };
+void *kset_create_and_add(const char *, void *, void *); void kset_unregister(void *); extern void *kernel_kobj;
+int kobject_init_and_add(struct kobj *, const struct ktype *, void *, const char *, ...);
+void kobject_put(struct kobj *);
+extern const char kobj_sysfs_ops[];
+int sysfs_emit(char *, const char *, ...);
+static long show(void *k, struct attr *a, char *to) { return sysfs_emit(to, "%s\n", a->name); }
+static struct attr seen = { "seen", 0444, show }, hidden = { "hidden", 0444, show };
+static u16 visible(void *k, struct attr *a, int n) { return n ? 0 : 0400; }
+static struct attr *attrs[] = { &seen, &hidden, NULL };
+static const struct group group = { .is_visible = visible, .attrs = attrs };
+static const struct group *groups[] = { &group, NULL };
+static void release(struct kobj *k) { pr("release %s\n", k->name); }
+static const struct ktype ktype = { release, NULL, groups };
+static struct kobj object; static void *kset;
+int init_module(void) {
+    kset = kset_create_and_add("shelf", NULL, kernel_kobj);
+    object.kset = kset;
+    return kobject_init_and_add(&object, &ktype, NULL, "book%d", 1);
+}
+void cleanup_module(void) { kobject_put(&object); kset_unregister(kset); }
+"""
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            since = m.printk.next_seq
+            await m.init_module(build("shelf", source))
+            assert await m.kernfs.read_file("sys/kernel/shelf/book1/seen") == b"seen\n"
+            assert m.kernfs.lookup("sys/kernel/shelf/book1/seen").mode & 0o777 == 0o400
+            assert m.kernfs.lookup("sys/kernel/shelf/book1/hidden") is None
+            await m.delete_module("shelf")
+            assert m.kernfs.lookup("sys/kernel/shelf") is None
+            assert loaded(m, since) == ["release book1"]
+
+    run(main)
+
+
+def test_tasklets_run_once_they_are_enabled(run: Any) -> None:
+    source = r"""
+struct tasklet { void *next; u64 state; int count; bool new; void (*function)(u64); u64 data; };
+void tasklet_init(struct tasklet *, void (*)(u64), u64); void __tasklet_schedule(struct tasklet *);
+void tasklet_kill(struct tasklet *);
+static struct tasklet t;
+static void fire(u64 data) { pr("tasklet %d, state %d\n", (int)data, (int)t.state); }
+int init_module(void) {
+    tasklet_init(&t, fire, 7);
+    t.count = t.state = 1;
+    __tasklet_schedule(&t);
+    msleep(100);
+    pr("disabled\n");
+    t.count = 0;
+    tasklet_kill(&t);
+    pr("state %d\n", (int)t.state);
+    return 0;
+}
+"""
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            since = m.printk.next_seq
+            await m.init_module(build("tasklet", source + EXIT))
+            assert loaded(m, since) == ["disabled", "tasklet 7, state 2", "state 0"]
+
+    run(main)
+
+
+def test_a_kernel_thread_is_woken_by_the_signals_that_it_allows(run: Any) -> None:
+    source = r"""
+void *kthread_create_on_node(int (*)(void *), void *, int, const char *, ...); int wake_up_process(void *);
+int kthread_stop(void *); bool kthread_should_stop(void); long schedule_timeout_interruptible(long);
+void kernel_sigaction(int, void *); void flush_signals(void *); int send_sig(int, void *, int);
+static void *task;
+static int work(void *unused) {
+    kernel_sigaction(15, (void *)2);
+    while (!kthread_should_stop()) {
+        pr("%s\n", schedule_timeout_interruptible(250000) > 240000 ? "woken" : "late");
+        flush_signals(task);
+    }
+    return 0;
+}
+int init_module(void) {
+    task = kthread_create_on_node(work, NULL, -1, "listener");
+    wake_up_process(task);
+    msleep(20);
+    send_sig(15, task, 0);
+    msleep(20);
+    pr("and one that it does not\n");
+    send_sig(10, task, 0);
+    msleep(20);
+    return kthread_stop(task);
+}
+"""
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            since = m.printk.next_seq
+            await m.init_module(build("listener", source + EXIT))
+            assert loaded(m, since) == ["woken", "and one that it does not", "woken"]
+
+    run(main)
+
+
+def test_functions_of_the_library(run: Any) -> None:
+    source = r"""
+struct fifo { u32 in, out, mask, esize; void *data; };
+int __kfifo_alloc(struct fifo *, u32, size_t, u32); void __kfifo_free(struct fifo *);
+u32 __kfifo_in(struct fifo *, const void *, u32); u32 __kfifo_out(struct fifo *, void *, u32);
+struct xarray { u32 lock, flags; void *head; };
+int __xa_alloc(struct xarray *, u32 *, void *, u64, u32); void *xa_store(struct xarray *, u64, void *, u32);
+void *xa_erase(struct xarray *, u64); int __xa_insert(struct xarray *, u64, void *, u32);
+int radix_tree_insert(struct xarray *, u64, void *); void *radix_tree_delete(struct xarray *, u64);
+char **argv_split(u32, const char *, int *); void argv_free(char **);
+bool glob_match(const char *, const char *); int string_get_size(u64, u64, u32, char *, int);
+void *__kmem_cache_create_args(const char *, u32, void *, u32); void *kmem_cache_alloc_noprof(void *, u32);
+void kmem_cache_free(void *, void *); void kmem_cache_destroy(void *);
+void __bitmap_set(u64 *, u32, int); u64 __bitmap_weight(const u64 *, u32); void __bitmap_clear(u64 *, u32, int);
+static void construct(int *object) { object[0] = 42; }
+static u32 xs[8]; static struct xarray xa, tree; static struct fifo fifo; static u64 bits[3]; static char text[32];
+static int get(const int *from, int *error) {
+    int value;
+    asm volatile("call __get_user_4" : "=a"(*error), "=d"(value) : "0"(from) : "rcx", "memory");
+    return value;
+}
+static int put(int value, int *to) {
+    int error; register u64 in asm("rax") = value;
+    asm volatile("call __put_user_4" : "=c"(error) : "0"(to), "r"(in) : "rbx", "memory");
+    return error;
+}
+int init_module(void) {
+    u32 ints[5] = { 1, 2, 3, 4, 5 }, number; int i, n; char **argv; void *cache; u64 args[4] = { [3] = (u64)construct };
+    __kfifo_alloc(&fifo, 3, 4, GFP_KERNEL);
+    n = __kfifo_in(&fifo, ints, 3);
+    n = n * 10 + __kfifo_out(&fifo, xs, 2);
+    n = n * 10 + __kfifo_in(&fifo, ints, 5);
+    n = n * 10 + __kfifo_out(&fifo, xs, 8);
+    pr("fifo %d of %d: %d %d %d %d\n", n, fifo.mask + 1, xs[0], xs[1], xs[2], xs[3]);
+    __kfifo_free(&fifo);
+    pr("empty %d, insert %d %d", !xa.head, __xa_insert(&xa, 3, &xa, 0), __xa_insert(&xa, 3, &xa, 0));
+    n = __xa_alloc(&xa, &number, &xa, 4ull | 3ull << 32, 0);
+    pr("alloc %d %d", n, number);
+    pr("full %d, empty %d", __xa_alloc(&xa, &number, &xa, 4ull | 3ull << 32, 0), !xa.head);
+    xa_erase(&xa, 3);
+    xa_store(&xa, 4, NULL, 0);
+    pr("empty %d\n", !xa.head);
+    n = radix_tree_insert(&tree, 9, &tree);
+    i = radix_tree_insert(&tree, 9, &tree);
+    pr("radix %d %d %d\n", n, i, radix_tree_delete(&tree, 9) == &tree);
+    argv = argv_split(GFP_KERNEL, " set  a b ", &n);
+    pr("%d words: %s %s %s %d\n", n, argv[0], argv[1], argv[2], !argv[3]);
+    argv_free(argv);
+    pr("glob %d %d %d\n", glob_match("a[!b]*", "acd"), glob_match("a[!b]*", "abd"), glob_match("\\*", "x"));
+    string_get_size(3000000, 512, 1, text, sizeof(text));
+    pr("%s\n", text);
+    cache = __kmem_cache_create_args("things", 8, args, 0);
+    int *object = kmem_cache_alloc_noprof(cache, GFP_KERNEL);
+    pr("constructed %d\n", object[0]);
+    kmem_cache_free(cache, object);
+    kmem_cache_destroy(cache);
+    __bitmap_set(bits, 60, 70);
+    __bitmap_clear(bits, 64, 4);
+    pr("bits %d, %llx %llx\n", (int)__bitmap_weight(bits, 192), bits[0], bits[2]);
+    i = put(-5, (int *)xs);
+    pr("put %d %d, get %d", i, put(1, (int *)8), get((int *)xs, &n));
+    pr("errors %d", n);
+    get((int *)8, &n);
+    pr("%d\n", n);
+    return 0;
+}
+"""
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            since = m.printk.next_seq
+            await m.init_module(build("library", source.replace('d", ', 'd\\n", ') + EXIT))
+            assert loaded(m, since) == [
+                "fifo 3234 of 4: 3 1 2 3",
+                "empty 0, insert -16 0",
+                "alloc 0 4",
+                "full -16, empty 0",
+                "empty 1",
+                "radix 0 -17 1",
+                "3 words: set a b 1",
+                "glob 1 0 0",
+                "1.43 GiB",
+                "constructed 42",
+                "bits 66, f000000000000000 3",
+                "put 0 -14, get -5",
+                "errors 0",
+                "-14",
+            ]
+
+    run(main)
+
+
+def test_processes_can_be_gone_through(run: Any) -> None:
+    source = r"""
+extern char init_task[]; void __rcu_read_lock(void); void __rcu_read_unlock(void);
+int init_module(void) {
+    int n = 0;
+    for (char *p = *(char **)(init_task + 2224); p != init_task + 2224; p = *(char **)p, n++)
+        if (p[2976 - 2224] == 'd')
+            pr("%s %d\n", p + 2976 - 2224, *(int *)(p + 2432 - 2224));
+    pr("more than one %d\n", n > 1);
+    return 0;
+}
+"""
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            task = m.sched.spawn("daemon")
+            since = m.printk.next_seq
+            await m.init_module(build("tasks", source + EXIT))
+            assert loaded(m, since) == [f"daemon {task.pid}", "more than one 1"]
+            m.sched.exit(task)
+            await m.delete_module("tasks")
+            since = m.printk.next_seq
+            await m.init_module(build("tasks", source + EXIT))
+            assert f"daemon {task.pid}" not in loaded(m, since)
+
+    run(main)

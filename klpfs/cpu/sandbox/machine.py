@@ -15,6 +15,7 @@ Source
 from __future__ import annotations
 
 import random
+import traceback
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator
@@ -145,6 +146,8 @@ class Machine:
         self.log_tokens: dict[str, tuple[float, int]] = {}
         self.random = random.Random(start.hash_key)
         """What modules are told is random: nobody outside the machine relies on it, and runs can be repeated."""
+        self.linked: set[int] = set()
+        """Tasks that are on the list of all processes."""
         self._warned: set[str] = set()
         self._doomed: Thread | None = None
         self._current: Thread | None = None
@@ -234,13 +237,29 @@ class Machine:
             mem.put(task.addr, L.TASK_THREAD_FLAGS, mem.get(task.addr, L.TASK_THREAD_FLAGS) & ~pending)
         mem.put(task.addr, L.TASK_PID, info.pid)
         mem.put(task.addr, L.TASK_TGID, info.tgid)
-        mem.put(task.addr, L.TASK_FLAGS, L.PF_KTHREAD if info.kthread else 0x400000)
+        flags = L.PF_KTHREAD if info.kthread else 0x400000
+        if info.kthread and info.comm.startswith("kworker/"):
+            flags |= L.PF_WQ_WORKER
+        mem.put(task.addr, L.TASK_FLAGS, flags)
         mem.write(task.addr + L.TASK_COMM.offset, info.comm.encode("utf-8", "replace")[:15].ljust(16, b"\0"))
         ids = info.uid.to_bytes(4, "little") + info.gid.to_bytes(4, "little")
         mem.write(task.cred + L.CRED_UIDS.offset, ids * 4)
         self._calls += 1
         task.used = self._calls
         return task
+
+    def link_tasks(self, infos: list[proto.TaskInfo]) -> None:
+        """Make ``init_task.tasks`` the list of all processes."""
+        heads = [L.INIT_TASK + L.TASK_TASKS.offset]
+        for info in infos:
+            try:
+                heads.append(self.task(info).addr + L.TASK_TASKS.offset)
+            except Crash:
+                break  # no memory for more
+        for before, after in zip(heads, [*heads[1:], heads[0]], strict=True):
+            self.mem.store(before, after)
+            self.mem.store(after + 8, before)
+        self.linked = {info.pid for info in infos}
 
     def task_at(self, addr: int) -> Task | None:
         """The task whose ``task_struct`` is at *addr*."""
@@ -249,7 +268,7 @@ class Machine:
     def forget_task(self, pid: int) -> None:
         """Free a task's structures, unless somebody holds a reference."""
         task = self.tasks.get(pid)
-        if task is None or task.threads or self.mem.get(task.addr, L.TASK_USAGE) > 2:
+        if task is None or task.threads or pid in self.linked or self.mem.get(task.addr, L.TASK_USAGE) > 2:
             return
         del self.tasks[pid]
         self.heap.free(task.addr)
@@ -382,6 +401,10 @@ class Machine:
             self._die(thread, "missing", f"printk format {unknown.args[0]}")
         except Crash as crash:
             self._die(thread, crash.kind, crash.text, addr=crash.addr)
+        except Exception as error:  # noqa: BLE001 - whatever it is: the sandbox lives on, and the traceback is printed
+            # A fault of a stub ends its caller, not the sandbox with every other module.
+            traceback.print_exc()
+            self._die(thread, "missing", f"a working stub: {type(error).__name__}: {error}")
         return spinning and all(t.spins for t in self.runnable)
 
     def _charge(self, thread: Thread, instructions: int) -> None:
@@ -773,14 +796,19 @@ class Machine:
                 target = (entry + 4 + signed(self.space.load(entry + 4, 4), 32)) & U64
                 self._patch_branch(code, target, jump=enabled != bool(relative & 1))
 
+    def write_text(self, addr: int, code: bytes) -> None:
+        """``text_poke`` in a module."""
+        self.mem.check(addr, len(code))
+        self.space.write(addr, code)
+        self.engine.flush(addr, len(code))
+
     def _patch_branch(self, code: int, target: int, *, jump: bool) -> None:
         short = self.space.read(code, 2) in (b"\x66\x90",) or self.space.read(code, 1) == b"\xeb"
         if short:
             text = b"\xeb" + bytes([target - code - 2 & 0xFF]) if jump else b"\x66\x90"
         else:
             text = b"\xe9" + (target - code - 5 & L.U32).to_bytes(4, "little") if jump else _NOP5
-        self.space.write(code, text)
-        self.engine.flush(code, len(text))
+        self.write_text(code, text)
 
     # -- modules ----------------------------------------------------------------------------------------------------
 

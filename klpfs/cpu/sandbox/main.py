@@ -75,9 +75,11 @@ def _run(socket_fd: int, memory_fd: int) -> None:
     from klpfs.cpu.sandbox import (  # noqa: F401 - imported for the stubs that they declare, before the doors close
         stubs_core,
         stubs_data,
+        stubs_lib,
         stubs_mem,
         stubs_print,
         stubs_sync,
+        stubs_system,
         stubs_wait,
     )
     from klpfs.cpu.sandbox.machine import Machine
@@ -154,6 +156,8 @@ def _handle(machine: Machine, message: proto.ToSandbox) -> None:
             machine.set_patched(message)
         case proto.Kill():
             machine.kill(message)
+        case proto.Tasks():
+            machine.link_tasks(message.items)
         case proto.Nudge():
             machine.nudge(message)
         case proto.Forget():

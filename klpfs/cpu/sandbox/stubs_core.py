@@ -11,6 +11,7 @@ Source
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 from klpfs.cpu import layout as L
@@ -244,6 +245,14 @@ for _name, _count in (
     ("proc_create_single_data", 5),
     ("debugfs_create_dir", 2),
     ("kobject_uevent", 2),
+    ("debugfs_create_blob", 4),
+    ("debugfs_create_str", 4),
+    ("debugfs_create_symlink", 3),
+    ("debugfs_lookup", 2),
+    ("debugfs_lookup_and_remove", 2),
+    ("proc_symlink", 3),
+    ("sysfs_create_link", 3),
+    ("sysfs_remove_link", 2),
 ):
     _asking(_name, _count)
 HANDLERS["debugfs_create_file"] = HANDLERS["debugfs_create_file_unsafe"] = lambda m, t, *args: _ask_file(args)
@@ -672,7 +681,9 @@ def _static_key_count(m: Machine, t: Thread, key: int) -> int:
 
 @stub("kobject_init")
 def _kobject_init(m: Machine, t: Thread, kobj: int, ktype: int) -> None:
+    kset = m.mem.get(kobj, L.KOBJECT_KSET)
     m.mem.write(kobj, bytes(L.KOBJECT_SIZE))
+    m.mem.put(kobj, L.KOBJECT_KSET, kset)  # set before, as the caller of kobject_add() is told to
     m.mem.store(kobj + 8, kobj + 8)
     m.mem.store(kobj + 16, kobj + 8)
     m.mem.put(kobj, L.KOBJECT_KTYPE, ktype)
@@ -680,7 +691,7 @@ def _kobject_init(m: Machine, t: Thread, kobj: int, ktype: int) -> None:
     m.mem.store(kobj + 60, 1, 1)  # state_initialized
 
 
-def _ktype(m: Machine, kobj: int) -> list[Any]:
+def _ktype(m: Machine, kobj: int) -> Generator[Any, Any, list[Any]]:
     """``[release, show, store, default groups]`` of a kobject's type."""
     ktype = m.mem.get(kobj, L.KOBJECT_KTYPE)
     if not ktype:
@@ -688,7 +699,8 @@ def _ktype(m: Machine, kobj: int) -> list[Any]:
     ops = m.mem.get(ktype, L.KTYPE_SYSFS_OPS)
     show, store = (m.mem.get(ops, L.SYSFS_OPS_SHOW), m.mem.get(ops, L.SYSFS_OPS_STORE)) if ops else (0, 0)
     groups = m.mem.get(ktype, L.KTYPE_DEFAULT_GROUPS)
-    return [m.mem.get(ktype, L.KTYPE_RELEASE), show, store, _groups(m, groups) if groups else []]
+    found = (yield from groups_of(m, kobj, groups)) if groups else []
+    return [m.mem.get(ktype, L.KTYPE_RELEASE), show, store, found]
 
 
 def attribute(m: Machine, attr: int) -> list[Any]:
@@ -711,16 +723,43 @@ def _attributes(m: Machine, array: int) -> list[Any]:
     return found
 
 
-def _group(m: Machine, group: int) -> list[Any]:
+def _group(m: Machine, kobj: int, group: int) -> Generator[Any, Any, list[Any]]:
+    """``[name, attributes]`` of an attribute group; the ones that its ``is_visible`` hides are left out."""
     name = _string(m, m.mem.get(group, L.ATTRIBUTE_GROUP_NAME))
-    attrs = m.mem.get(group, L.ATTRIBUTE_GROUP_ATTRS)
-    return [name, _attributes(m, attrs) if attrs else []]
+    array = m.mem.get(group, L.ATTRIBUTE_GROUP_ATTRS)
+    if m.mem.get(group, L.ATTRIBUTE_GROUP_BIN_ATTRS):
+        raise Crash("missing", "binary attributes of an attribute group")
+    visible = m.mem.get(group, L.ATTRIBUTE_GROUP_IS_VISIBLE)
+    attrs = []
+    for i, attr in enumerate(_attributes(m, array) if array else []):
+        if visible:
+            attr[2] = (yield Invoke(visible, (kobj, attr[0], i))) & 0o777
+        if attr[2]:
+            attrs.append(attr)
+    return [name, attrs]
 
 
-def _groups(m: Machine, array: int) -> list[Any]:
+def groups_of(m: Machine, kobj: int, array: int) -> Generator[Any, Any, list[Any]]:
+    """The attribute groups of a NULL-terminated array."""
     found: list[Any] = []
     while group := m.mem.load(array + 8 * len(found)):
-        found.append(_group(m, group))
+        found.append((yield from _group(m, kobj, group)))
+        if len(found) > _MAX_ROWS:
+            raise Crash("hung", "an array of attribute groups has no end")
+    return found
+
+
+def _names(m: Machine, group: int) -> tuple[bytes | None, list[bytes]]:
+    """The name of a group, and those of its attributes."""
+    array = m.mem.get(group, L.ATTRIBUTE_GROUP_ATTRS)
+    name = _string(m, m.mem.get(group, L.ATTRIBUTE_GROUP_NAME))
+    return name, [attr[1] for attr in _attributes(m, array)] if array else []
+
+
+def _group_array(m: Machine, array: int) -> list[int]:
+    found: list[int] = []
+    while group := m.mem.load(array + 8 * len(found)) if array else 0:
+        found.append(group)
         if len(found) > _MAX_ROWS:
             raise Crash("hung", "an array of attribute groups has no end")
     return found
@@ -728,15 +767,18 @@ def _groups(m: Machine, array: int) -> list[Any]:
 
 @stub("kobject_add")
 def _kobject_add(m: Machine, t: Thread, kobj: int, parent: int, name: bytes) -> Steps:
-    answer = yield Ask("kobject_add", [kobj, parent, name, *_ktype(m, kobj)])
+    kset = m.mem.get(kobj, L.KOBJECT_KSET)
+    if kset and not parent:
+        parent = kset + L.KSET_KOBJ
+    ktype = yield from _ktype(m, kobj)
+    answer = yield Ask("kobject_add", [kobj, parent, name, *ktype])
     return int(answer)
 
 
 @stub("kobject_init_and_add")
 def _kobject_init_and_add(m: Machine, t: Thread, kobj: int, ktype: int, parent: int, name: bytes) -> Steps:
     _kobject_init(m, t, kobj, ktype)
-    answer = yield Ask("kobject_add", [kobj, parent, name, *_ktype(m, kobj)])
-    return int(answer)
+    return (yield from _kobject_add(m, t, kobj, parent, name))  # type: ignore[misc,no-any-return]
 
 
 @stub("sysfs_create_file_ns")
@@ -763,40 +805,41 @@ def _sysfs_remove_files(m: Machine, t: Thread, kobj: int, array: int) -> Steps:
     return None
 
 
-def _create_groups(kobj: int, groups: list[Any]) -> Steps:
-    for done, (name, attrs) in enumerate(groups):
+def _create_groups(m: Machine, kobj: int, groups: list[int]) -> Steps:
+    for done, group in enumerate(groups):
+        name, attrs = yield from _group(m, kobj, group)
         answer = int((yield Ask("sysfs_create", [kobj, name, attrs])))
         if answer:
-            for undo_name, undo in groups[:done]:
-                yield Ask("sysfs_remove", [kobj, undo_name, [a[1] for a in undo]])
+            yield from _remove_groups(m, kobj, groups[:done])
             return answer
     return 0
 
 
-def _remove_groups(kobj: int, groups: list[Any]) -> Steps:
-    for name, attrs in groups:
-        yield Ask("sysfs_remove", [kobj, name, [a[1] for a in attrs]])
+def _remove_groups(m: Machine, kobj: int, groups: list[int]) -> Steps:
+    for group in groups:
+        name, attrs = _names(m, group)
+        yield Ask("sysfs_remove", [kobj, name, attrs])
     return None
 
 
 @stub("sysfs_create_group")
 def _sysfs_create_group(m: Machine, t: Thread, kobj: int, group: int) -> Steps:
-    return _create_groups(kobj, [_group(m, group)])
+    return _create_groups(m, kobj, [group])
 
 
 @stub("sysfs_create_groups")
 def _sysfs_create_groups(m: Machine, t: Thread, kobj: int, groups: int) -> Steps:
-    return _create_groups(kobj, _groups(m, groups) if groups else [])
+    return _create_groups(m, kobj, _group_array(m, groups))
 
 
 @stub("sysfs_remove_group")
 def _sysfs_remove_group(m: Machine, t: Thread, kobj: int, group: int) -> Steps:
-    return _remove_groups(kobj, [_group(m, group)])
+    return _remove_groups(m, kobj, [group])
 
 
 @stub("sysfs_remove_groups")
 def _sysfs_remove_groups(m: Machine, t: Thread, kobj: int, groups: int) -> Steps:
-    return _remove_groups(kobj, _groups(m, groups) if groups else [])
+    return _remove_groups(m, kobj, _group_array(m, groups))
 
 
 @stub("sysfs_notify")

@@ -366,13 +366,40 @@ def _rb_replace(m: Machine, t: Thread, old: int, new: int, root: int) -> None:
 # -- numbers to pointers ----------------------------------------------------------------------------------------------
 
 
-def _entries(m: Machine, addr: int) -> dict[int, int]:
+_NOT_EMPTY = 2
+"""What ``xa_head`` holds while there are entries: ``xa_empty`` and its kin compare it with NULL."""
+
+
+class Entries(dict[int, int]):
+    """What an xarray, IDR or IDA at an address holds, by number."""
+
+    def __init__(self, m: Machine, addr: int) -> None:
+        self._m, self._head = m, addr + 8
+
+    def __setitem__(self, number: int, entry: int) -> None:
+        if not self:
+            self._m.mem.store(self._head, _NOT_EMPTY)
+        super().__setitem__(number, entry)
+
+    def remove(self, number: int) -> int | None:
+        """Take *number* out; what was there."""
+        found = self.pop(number, None)
+        if found is not None and not self:
+            self._m.mem.store(self._head, 0)
+        return found
+
+
+def entries(m: Machine, addr: int) -> Entries:
+    """The entries of the xarray, IDR or IDA at *addr*."""
     m.mem.check(addr, 16, write=True)
-    found: dict[int, int] = m.objects.setdefault(addr, {})
+    found = m.objects.get(addr)
+    if not isinstance(found, Entries):
+        found = m.objects[addr] = Entries(m, addr)
     return found
 
 
-def _lowest_free(entries: dict[int, int], start: int, end: int) -> int:
+def lowest_free(entries: Entries, start: int, end: int) -> int:
+    """The first free number from *start* on; -ENOSPC if there is none below *end*."""
     number = start
     while number in entries:
         number += 1
@@ -383,49 +410,49 @@ def _lowest_free(entries: dict[int, int], start: int, end: int) -> int:
 def _idr_alloc(m: Machine, t: Thread, idr: int, ptr: int, start: int, end: int, flags: int) -> int:
     if start < 0:
         return -EINVAL
-    entries = _entries(m, idr)
-    number = _lowest_free(entries, start, end if end > 0 else 1 << 31)
+    found = entries(m, idr)
+    number = lowest_free(found, start, end if end > 0 else 1 << 31)
     if number >= 0:
-        entries[number] = ptr
+        found[number] = ptr
     return number
 
 
 @stub("idr_alloc_cyclic")
 def _idr_alloc_cyclic(m: Machine, t: Thread, idr: int, ptr: int, start: int, end: int, flags: int) -> int:
-    entries = _entries(m, idr)
+    found = entries(m, idr)
     limit = end if end > 0 else 1 << 31
-    number = _lowest_free(entries, max(start, m.mem.load(idr + 20, 4)), limit)
+    number = lowest_free(found, max(start, m.mem.load(idr + 20, 4)), limit)
     if number < 0:
-        number = _lowest_free(entries, max(start, 0), limit)
+        number = lowest_free(found, max(start, 0), limit)
     if number >= 0:
-        entries[number] = ptr
+        found[number] = ptr
         m.mem.store(idr + 20, number + 1, 4)
     return number
 
 
 @stub("idr_find")
 def _idr_find(m: Machine, t: Thread, idr: int, number: int) -> int:
-    return _entries(m, idr).get(number, 0)
+    return entries(m, idr).get(number, 0)
 
 
 @stub("idr_remove")
 def _idr_remove(m: Machine, t: Thread, idr: int, number: int) -> int:
-    return _entries(m, idr).pop(number, 0)
+    return entries(m, idr).remove(number) or 0
 
 
 @stub("idr_replace")
 def _idr_replace(m: Machine, t: Thread, idr: int, ptr: int, number: int) -> int:
-    entries = _entries(m, idr)
-    if number not in entries:
+    found = entries(m, idr)
+    if number not in found:
         return -ENOENT
-    old, entries[number] = entries[number], ptr
+    old, found[number] = found[number], ptr
     return old
 
 
 @stub("idr_get_next")
 def _idr_get_next(m: Machine, t: Thread, idr: int, where: int) -> int:
     start = m.mem.load(where, 4)
-    for number, ptr in sorted(_entries(m, idr).items()):
+    for number, ptr in sorted(entries(m, idr).items()):
         if number >= start:
             m.mem.store(where, number, 4)
             return ptr
@@ -434,7 +461,7 @@ def _idr_get_next(m: Machine, t: Thread, idr: int, where: int) -> int:
 
 @stub("idr_for_each")
 def _idr_for_each(m: Machine, t: Thread, idr: int, fn: int, data: int) -> Steps:
-    for number, ptr in sorted(_entries(m, idr).items()):
+    for number, ptr in sorted(entries(m, idr).items()):
         answer = signed((yield Invoke(fn, (number, ptr, data))), 32)
         if answer:
             return answer
@@ -444,47 +471,50 @@ def _idr_for_each(m: Machine, t: Thread, idr: int, fn: int, data: int) -> Steps:
 @stub("idr_destroy", "ida_destroy", "xa_destroy")
 def _idr_destroy(m: Machine, t: Thread, idr: int) -> None:
     m.objects.pop(idr, None)
+    m.mem.store(idr + 8, 0)
 
 
 @stub("ida_alloc_range")
 def _ida_alloc_range(m: Machine, t: Thread, ida: int, low: int, high: int, flags: int) -> int:
-    entries = _entries(m, ida)
+    found = entries(m, ida)
     if signed(low, 32) < 0:
         return -ENOSPC
-    number = _lowest_free(entries, low, (high if signed(high, 32) >= 0 else 0x7FFFFFFF) + 1)
+    number = lowest_free(found, low, (high if signed(high, 32) >= 0 else 0x7FFFFFFF) + 1)
     if number >= 0:
-        entries[number] = 1
+        found[number] = 1
     return number
 
 
 @stub("ida_free")
 def _ida_free(m: Machine, t: Thread, ida: int, number: int) -> None:
-    if _entries(m, ida).pop(number, None) is None:
+    if entries(m, ida).remove(number) is None:
         m.print(t, b"\x013ida_free called for id=%d which is not allocated.\n" % number)
 
 
 @stub("xa_load")
 def _xa_load(m: Machine, t: Thread, xa: int, index: int) -> int:
-    return _entries(m, xa).get(index, 0)
+    return entries(m, xa).get(index, 0)
 
 
-@stub("xa_store")
+@stub("xa_store", "__xa_store")
 def _xa_store(m: Machine, t: Thread, xa: int, index: int, entry: int, flags: int) -> int:
-    entries = _entries(m, xa)
-    old = entries.pop(index, 0)
+    found = entries(m, xa)
+    old = found.get(index, 0)
     if entry:
-        entries[index] = entry
+        found[index] = entry
+    else:
+        found.remove(index)
     return old
 
 
-@stub("xa_erase")
+@stub("xa_erase", "__xa_erase")
 def _xa_erase(m: Machine, t: Thread, xa: int, index: int) -> int:
-    return _entries(m, xa).pop(index, 0)
+    return entries(m, xa).remove(index) or 0
 
 
 def _xa_search(m: Machine, xa: int, where: int, limit: int, after: bool) -> int:
     start = m.mem.load(where)
-    for index, entry in sorted(_entries(m, xa).items()):
+    for index, entry in sorted(entries(m, xa).items()):
         if start + after <= index <= limit:
             m.mem.store(where, index)
             return entry
@@ -568,11 +598,11 @@ def _crc32_le(m: Machine, t: Thread, seed: int, data: int, size: int) -> int:
 
 # -- notifier chains: the head's layout differs by kind, the blocks are linked by priority ----------------------------
 
-_HEAD = {"atomic": 8, "raw": 0, "blocking": 40}
+HEADS = {"atomic": 8, "raw": 0, "blocking": 40}
 NOTIFY_DONE, NOTIFY_STOP_MASK = 0, 0x8000
 
 
-def _register(m: Machine, link: int, block: int) -> int:
+def register_block(m: Machine, link: int, block: int) -> int:
     mem = m.mem
     priority = signed(mem.load(block + 16, 4), 32)
     for _ in range(_MAX_ITEMS):
@@ -587,7 +617,7 @@ def _register(m: Machine, link: int, block: int) -> int:
     raise Crash("hung", "stuck in notifier_chain_register")
 
 
-def _unregister(m: Machine, link: int, block: int) -> int:
+def unregister_block(m: Machine, link: int, block: int) -> int:
     mem = m.mem
     for _ in range(_MAX_ITEMS):
         here = mem.load(link)
@@ -613,20 +643,20 @@ def _call_chain(m: Machine, link: int, value: int, data: int) -> Steps:
 
 
 def _chain(kind: str) -> None:
-    head = _HEAD[kind]
+    head = HEADS[kind]
 
     @stub(f"{kind}_notifier_chain_register")
     def register(m: Machine, t: Thread, chain: int, block: int) -> int:
-        return _register(m, chain + head, block)
+        return register_block(m, chain + head, block)
 
     @stub(f"{kind}_notifier_chain_unregister")
     def unregister(m: Machine, t: Thread, chain: int, block: int) -> int:
-        return _unregister(m, chain + head, block)
+        return unregister_block(m, chain + head, block)
 
     @stub(f"{kind}_notifier_call_chain")
     def call(m: Machine, t: Thread, chain: int, value: int, data: int) -> Steps:
         return _call_chain(m, chain + head, value & U64, data)
 
 
-for _kind in _HEAD:
+for _kind in HEADS:
     _chain(_kind)

@@ -7,10 +7,13 @@ Source
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import Any
+
 from klpfs.cpu import layout as L
 from klpfs.cpu.sandbox.machine import Machine
 from klpfs.cpu.sandbox.memory import PageFault
-from klpfs.cpu.sandbox.thread import Crash, Thread, signed, stub
+from klpfs.cpu.sandbox.thread import Crash, Invoke, Thread, signed, stub
 
 GFP_ZERO = 0x100
 ZERO_SIZE_PTR = 16
@@ -199,20 +202,25 @@ def _cache(m: Machine, addr: int) -> tuple[int, int]:
     return found
 
 
-def _cache_alloc(m: Machine, t: Thread, cache: int, flags: int) -> int:
+def _construct(addr: int, ctor: int) -> Generator[Any, Any, int]:
+    yield Invoke(ctor, (addr,))
+    return addr
+
+
+def _cache_alloc(m: Machine, t: Thread, cache: int, flags: int) -> int | Generator[Any, Any, int]:
+    # A constructor runs for each object of a new slab; here each object is a new one.
     size, ctor = _cache(m, cache)
-    if ctor:
-        raise Crash("missing", "kmem_cache_alloc of a cache with a constructor")
-    return alloc(m, t, size, flags)
+    addr = alloc(m, t, size, flags)
+    return _construct(addr, ctor) if ctor and addr else addr
 
 
 @stub("kmem_cache_alloc_noprof")
-def _kmem_cache_alloc(m: Machine, t: Thread, cache: int, flags: int) -> int:
+def _kmem_cache_alloc(m: Machine, t: Thread, cache: int, flags: int) -> int | Generator[Any, Any, int]:
     return _cache_alloc(m, t, cache, flags)
 
 
 @stub("kmem_cache_alloc_node_noprof")
-def _kmem_cache_alloc_node(m: Machine, t: Thread, cache: int, flags: int, node: int) -> int:
+def _kmem_cache_alloc_node(m: Machine, t: Thread, cache: int, flags: int, node: int) -> int | Generator[Any, Any, int]:
     return _cache_alloc(m, t, cache, flags)
 
 

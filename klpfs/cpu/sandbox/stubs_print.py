@@ -291,7 +291,7 @@ def _seq_read(m: Machine, t: Thread, file: int, buf: int, size: int, where: int)
     return count
 
 
-@stub("seq_lseek", "noop_llseek", "default_llseek")
+@stub("seq_lseek", "noop_llseek", "default_llseek", "generic_file_llseek")
 def _lseek(m: Machine, t: Thread, file: int, offset: int, whence: int) -> int:
     position = m.mem.get(file, L.FILE_POS)
     if whence == 1:
