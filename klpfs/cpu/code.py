@@ -313,7 +313,7 @@ class CpuCode(ElfCode):
             cpu.send(proto.ModuleGone(self._name))
             cpu.send(proto.Unmap(list(self._regions.values())))
         self._regions.clear()
-        cpu.events.forget_region(self._base, self._size)
+        cpu.events.forget_region(self._base, self._size, self._name)
         cpu.forget_debug_sites(self._base, self._size)
         if self._percpu[1]:
             cpu.percpu.free(self._percpu[0])

@@ -25,8 +25,10 @@ import trio
 
 from klpfs.cpu import layout as L
 from klpfs.cpu import proto
+from klpfs.cpu.api import API
 from klpfs.cpu.files import Files
 from klpfs.cpu.oops import ModuleOops
+from klpfs.kernel.ftrace import FtraceOps
 from klpfs.kernel.kernel import TAINT_LETTERS
 from klpfs.kernel.workqueue import DelayedWork, Work
 from klpfs.livepatch import KlpCallbacks, KlpFunc, KlpObject, KlpPatch, KlpState
@@ -100,6 +102,8 @@ class Events:
         self._queues: dict[int, set[int]] = {}
         self._timers: dict[int, _Timer] = {}
         self._kthreads: dict[int, _Kthread] = {}
+        self._hooks: dict[int, tuple[FtraceOps, str]] = {}
+        self._last_hook = 0
 
     async def handle(self, thread: HostThread, event: proto.Event) -> Any:
         """Do what *event* asks for; the answer. An OSError becomes a negative errno."""
@@ -140,6 +144,52 @@ class Events:
         """Where *thread* goes on that enters the patched function at *addr*; 0: at the original."""
         target = self.machine.ftrace.enter(addr, thread.task)
         return 0 if target == addr else target
+
+    async def on_ftrace_location(self, thread: HostThread, addr: int) -> int:
+        """The function that has its ftrace site at *addr* or is itself there; 0 if there is none."""
+        for function in (addr, addr - 4):
+            if self.machine.ftrace.location(function):
+                return function
+        return 0
+
+    async def on_hook(self, thread: HostThread, addr: int, modifies: bool, kind: str) -> int:
+        """Hook the function at *addr*, for the sandbox; a number for :meth:`on_unhook`.
+
+        Raises OSError: EBUSY where another hook changes the address already, EOPNOTSUPP for a place that the emulated
+        kernel never comes to; a probe there would pretend to work.
+        """
+        ftrace = self.machine.ftrace
+        known = self.cpu.module_at_address(addr) or self.cpu.vmlinux.name_of(addr) in API
+        if not known or not ftrace.location(addr):
+            where = self.machine.kallsyms.lookup(addr)
+            self.machine.printk.logger("").err(
+                f"klpfs: {thread.module}: a {kind} at {where or hex(addr)} is not supported: only entries of functions "
+                "of modules, and of kernel functions that modules call, can be probed"
+            )
+            raise OSError(errno.EOPNOTSUPP, f"{kind} at {addr:#x}")
+        ops = FtraceOps(lambda ip, task: ip, ipmodify=modifies)
+        try:
+            ftrace.register_ftrace_function(ops, addr)
+        except OSError as error:
+            if kind == "kprobe":
+                self.machine.printk.logger("").err(
+                    f"kprobes: Failed to arm kprobe-ftrace at {self.machine.kallsyms.lookup(addr)} "
+                    f"(error {-(error.errno or errno.EINVAL)})"
+                )
+            raise
+        self._last_hook += 1
+        self._hooks[self._last_hook] = (ops, thread.module)
+        return self._last_hook
+
+    async def on_unhook(self, thread: HostThread, token: int) -> int:
+        """Undo :meth:`on_hook`."""
+        self._unhook(token)
+        return 0
+
+    def _unhook(self, token: int) -> None:
+        found = self._hooks.pop(token, None)
+        if found is not None:
+            self.machine.ftrace.unregister_ftrace_function(found[0])
 
     async def on_klp_enable_patch(self, thread: HostThread, addr: int, read: list[Any] | None) -> int:
         """``klp_enable_patch`` with the structures as they are in memory now."""
@@ -612,6 +662,9 @@ class Events:
         kallsyms = self.machine.kallsyms
         found = kallsyms.on_each_match_symbol(symbol)
         if found:
+            where = kallsyms.lookup(found[0])
+            if where is not None:
+                self.cpu.vmlinux.tell(found[0], symbol, where.size)
             return found[0]
         modname, colon, rest = symbol.partition(":")
         for mod in self.machine.modules.modules.values():
@@ -621,8 +674,11 @@ class Events:
                     return here[0]
         return 0
 
-    def forget_region(self, base: int, size: int) -> None:
-        """The memory of a module goes: what was kept by address inside it is not valid any more."""
+    def forget_region(self, base: int, size: int, module: str) -> None:
+        """The memory of *module* goes: what was kept by address inside it is not valid any more."""
+        for token, (ops, owner) in list(self._hooks.items()):
+            if owner == module or base <= ops.ip < base + size:
+                self._unhook(token)
         for addr in [a for a in self._works if base <= a < base + size]:
             work = self._works[addr]
             if not work.pending and not work.running:

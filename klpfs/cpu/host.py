@@ -349,6 +349,10 @@ class Cpu:
 
     # -- patched functions ------------------------------------------------------------------------------------------
 
+    def module_at_address(self, addr: int) -> CpuCode | None:
+        """The executing module that *addr* lies in."""
+        return next((code for code in self.modules.values() if code.contains(addr)), None)
+
     def _module_site(self, addr: int) -> bool | None:
         """Whether the compiler left room for a call at the entry of a module's function; not of ``notrace`` ones."""
         for code in self.modules.values():

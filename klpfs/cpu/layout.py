@@ -330,6 +330,31 @@ INODE_RDEV: Final = Field(76, 4)
 INODE_CDEV: Final = Field(576, 8)
 INODE_PRIVATE: Final = Field(616, 8)
 
+KPROBE_SIZE: Final = 128
+KPROBE_NMISSED: Final = Field(32, 8)
+KPROBE_ADDR: Final = Field(40, 8)
+KPROBE_SYMBOL_NAME: Final = Field(48, 8)
+KPROBE_OFFSET: Final = Field(56, 4)
+KPROBE_PRE_HANDLER: Final = Field(64, 8)
+KPROBE_POST_HANDLER: Final = Field(72, 8)
+KPROBE_FLAGS: Final = Field(120, 4)
+KPROBE_FLAG_DISABLED: Final = 2
+KRETPROBE_SIZE: Final = 168
+KRETPROBE_HANDLER: Final = Field(128, 8)
+KRETPROBE_ENTRY_HANDLER: Final = Field(136, 8)
+KRETPROBE_MAXACTIVE: Final = Field(144, 4)
+KRETPROBE_NMISSED: Final = Field(148, 4)
+KRETPROBE_DATA_SIZE: Final = Field(152, 8)
+KRETPROBE_RH: Final = Field(160, 8)
+KRETPROBE_INSTANCE_SIZE: Final = 48
+RETHOOK_SIZE: Final = 88
+RETHOOK_NODE_RETHOOK: Final = Field(24, 8)
+RETHOOK_NODE_RET_ADDR: Final = Field(32, 8)
+RETHOOK_NODE_FRAME: Final = Field(40, 8)
+FTRACE_OPS_SIZE: Final = 216
+FTRACE_OPS_FLAGS: Final = Field(16, 8)
+FTRACE_OPS_FL_IPMODIFY: Final = 1 << 13
+
 BLOCKING_NOTIFIER_HEAD: Final = 40
 """Offset of the first block in a ``struct blocking_notifier_head``."""
 BUG_ENTRY_SIZE: Final = 12

@@ -78,9 +78,12 @@ class Unmap(msgspec.Struct, array_like=True, tag=2):
 
 
 class Stubs(msgspec.Struct, array_like=True, tag=3):
-    """Kernel functions that stand at addresses from now on: ``(address, name)``."""
+    """Kernel functions that stand at addresses from now on: ``(address, name, size)``.
 
-    items: list[tuple[int, str]]
+    Without a stub it is but a name, for whoever prints the address.
+    """
+
+    items: list[tuple[int, str, int]]
 
 
 class ModuleInfo(msgspec.Struct, array_like=True, tag=4):

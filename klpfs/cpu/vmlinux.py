@@ -91,8 +91,9 @@ class Vmlinux:
         self.functions: dict[int, str] = {}
         """Kernel functions that are known to the sandbox, by address."""
         self._addresses: dict[str, int] = {}
-        self.pending: list[tuple[int, str]] = []
-        """Functions that the sandbox must be told about."""
+        self.pending: list[tuple[int, str, int]] = []
+        """Functions that the sandbox must be told about: address, name, size."""
+        self._told: set[int] = set()
         self._next_slot = L.TEXT_SLOTS
         self._next_data = _FREE_DATA
         self.data: dict[str, int] = {
@@ -112,21 +113,27 @@ class Vmlinux:
         known = self._addresses.get(name)
         if known is not None:
             return known
-        addr = 0
+        addr, size = 0, L.TEXT_SLOT_SIZE
         text = AREAS["text"]
         for symbol in self._table.lookup(name):
             room = len(NATIVE.get(name, b"\xf4"))
             if text.base <= symbol.address < L.TEXT_SLOTS - 16 and all(
                 symbol.address + i not in self.functions for i in range(room)
             ):
-                addr = symbol.address
+                addr, size = symbol.address, symbol.size
                 break
         if not addr:
             addr, self._next_slot = self._next_slot, self._next_slot + L.TEXT_SLOT_SIZE
         self.functions[addr] = name
         self._addresses[name] = addr
-        self.pending.append((addr, name))
+        self.pending.append((addr, name, size))
         return addr
+
+    def tell(self, addr: int, name: str, size: int) -> None:
+        """Let the sandbox know what stands at *addr*, so that ``%pS`` does: somebody was given the address."""
+        if addr not in self._told and addr not in self.functions:
+            self._told.add(addr)
+            self.pending.append((addr, name, size))
 
     def unsupported(self, name: str) -> int:
         """An address for a function of the kernel that neither symbol table nor sandbox have: a call of it faults."""

@@ -553,3 +553,184 @@ int init_module(void) {
             assert f"daemon {task.pid}" not in loaded(m, since)
 
     run(main)
+
+
+PROBED = r"""
+__attribute__((noinline)) int target(int x) { asm volatile(""); pr("target %d\n", x); return x + 1; }
+static int (*volatile call)(int) = target;
+static int set(const char *text, const void *kp) { pr("answer %d\n", call(text[0] - '0')); return 0; }
+static const struct kernel_param_ops ops = { 0, set, NULL, NULL };
+PARAM(run, &ops, "int", NULL, 0200)
+int init_module(void) { return 0; }
+"""
+KPROBE = r"""
+struct regs { u64 r15, r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di, orig_ax, ip, cs, flags, sp, ss; };
+struct kprobe { void *lists[4]; u64 nmissed; void *addr; const char *symbol_name; u32 offset;
+    int (*pre)(struct kprobe *, struct regs *); void (*post)(struct kprobe *, struct regs *, u64); char pad[40];
+    u32 flags; };
+_Static_assert(sizeof(struct kprobe) == 128, "struct kprobe");
+struct instance { char pad[32]; void *ret_addr; void *frame; char data[]; };
+struct kretprobe { struct kprobe kp; int (*handler)(struct instance *, struct regs *);
+    int (*entry)(struct instance *, struct regs *); int maxactive, nmissed; u64 data_size; void *rh; };
+int register_kprobe(struct kprobe *); void unregister_kprobe(struct kprobe *); int disable_kprobe(struct kprobe *);
+int register_kretprobe(struct kretprobe *); void unregister_kretprobe(struct kretprobe *);
+"""
+
+
+def test_kprobes_see_and_change_the_arguments(run: Any) -> None:
+    probe = (
+        KPROBE
+        + r"""
+static int pre(struct kprobe *p, struct regs *r) {
+    pr("pre %s %d, at the entry %d\n", p->symbol_name, (int)r->di, r->ip == (u64)p->addr);
+    if (r->di == 7)
+        r->di = 70;
+    return 0;
+}
+static void post(struct kprobe *p, struct regs *r, u64 flags) { pr("post\n"); }
+static struct kprobe kp = { .symbol_name = "target", .pre = pre, POST };
+int init_module(void) { return register_kprobe(&kp); }
+void cleanup_module(void) { unregister_kprobe(&kp); }
+"""
+    )
+    path = "sys/module/plain/parameters/run"
+    patch = PATCH.replace("FUNCTION", "target").replace("return 0; }", "return 99; }", 1)
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            await m.init_module(build("plain", PROBED + EXIT, TRACED))
+            await m.init_module(build("probe", probe.replace("POST", "")))
+            since = m.printk.next_seq
+            await m.kernfs.write_file(path, b"1")
+            await m.kernfs.write_file(path, b"7")
+            await m.init_module(build("lp", patch + EXIT))
+            await m.kernfs.write_file(path, b"2")
+            await m.delete_module("probe")
+            await m.kernfs.write_file(path, b"3")
+            assert [line for line in loaded(m, since) if not line.startswith("livepatch: ")] == [
+                *("pre target 1, at the entry 1", "target 1", "answer 2"),
+                *("pre target 7, at the entry 1", "target 70", "answer 71"),
+                *("pre target 2, at the entry 1", "answer 99", "answer 99"),
+            ]
+            # a probe with a post handler and a livepatch exclude each other
+            with pytest.raises(OSError, match="init answered -16"):
+                await m.init_module(build("probe2", probe.replace("POST", ".post = post")))
+            await m.kernfs.write_file("sys/kernel/livepatch/lp/enabled", b"0")
+            await trio.sleep(5)
+            await m.delete_module("lp")
+            await m.init_module(build("probe2", probe.replace("POST", ".post = post")))
+            with pytest.raises(OSError, match="init answered -16"):
+                await m.init_module(build("lp", patch + EXIT))
+            since = m.printk.next_seq
+            await m.kernfs.write_file(path, b"4")
+            assert loaded(m, since) == ["pre target 4, at the entry 1", "post", "target 4", "answer 5"]
+            await m.delete_module("plain")  # the probe is gone with its function
+            await m.delete_module("probe2")
+
+    run(main)
+
+
+def test_kretprobes_see_and_change_the_result(run: Any) -> None:
+    probe = (
+        KPROBE
+        + r"""
+static int entry(struct instance *i, struct regs *r) { *(int *)i->data = r->di; return r->di == 3; }
+static int handler(struct instance *i, struct regs *r) {
+    pr("returned %d from %d\n", (int)r->ax, *(int *)i->data);
+    r->ax += 100;
+    return 0;
+}
+static struct kretprobe rp = { .kp = { .symbol_name = "target" }, .handler = handler, .entry = entry, .data_size = 8 };
+int init_module(void) { return register_kretprobe(&rp); }
+void cleanup_module(void) { unregister_kretprobe(&rp); pr("missed %d\n", rp.nmissed); }
+"""
+    )
+    path = "sys/module/plain/parameters/run"
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            await m.init_module(build("plain", PROBED + EXIT, TRACED))
+            await m.init_module(build("probe", probe))
+            since = m.printk.next_seq
+            for text in (b"1", b"3"):
+                await m.kernfs.write_file(path, text)
+            await m.delete_module("probe")
+            await m.kernfs.write_file(path, b"5")
+            assert loaded(m, since) == [
+                *("target 1", "returned 2 from 1", "answer 102"),
+                *("target 3", "answer 4", "missed 0", "target 5", "answer 6"),
+            ]
+
+    run(main)
+
+
+def test_where_a_probe_would_never_be_hit_it_is_refused_by_name(run: Any) -> None:
+    probe = (
+        KPROBE
+        + r"""
+static struct kprobe kp = { .symbol_name = NAME, .offset = OFFSET };
+int init_module(void) { return register_kprobe(&kp) ?: (pr("found %pS\n", kp.addr), unregister_kprobe(&kp), 0); }
+"""
+    )
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            await m.init_module(build("plain", PROBED + EXIT, TRACED))
+            for name, offset, number in (
+                ("some_other_function", 0, errno.EOPNOTSUPP),
+                ("target", 9, errno.EOPNOTSUPP),
+                ("nowhere_to_be_found", 0, errno.ENOENT),
+            ):
+                since = m.printk.next_seq
+                source = probe.replace("NAME", f'"{name}"').replace("OFFSET", str(offset))
+                with pytest.raises(OSError, match=f"init answered -{number}"):
+                    await m.init_module(build("probe", source + EXIT))
+                refused = [line for line in loaded(m, since) if f"a kprobe at {name}" in line]
+                assert len(refused) == (number == errno.EOPNOTSUPP)
+            # what modules use it for: the address of a function that is not exported
+            since = m.printk.next_seq
+            source = probe.replace("NAME", '"kallsyms_lookup_name"').replace("OFFSET", "0")
+            await m.init_module(build("probe", source + EXIT))
+            assert loaded(m, since) == ["found kallsyms_lookup_name+0x0/0x40"]
+
+    run(main)
+
+
+def test_an_ftrace_callback_redirects_a_function(run: Any) -> None:
+    hook = (
+        KPROBE
+        + r"""
+struct ftrace_ops { void (*func)(u64, u64, struct ftrace_ops *, struct regs *); void *next; u64 flags; char pad[192]; };
+int ftrace_set_filter(struct ftrace_ops *, const char *, int, int); int register_ftrace_function(struct ftrace_ops *);
+int unregister_ftrace_function(struct ftrace_ops *);
+static int other(int x) { return 1000 + x; }
+static void callback(u64 ip, u64 parent, struct ftrace_ops *ops, struct regs *r) {
+    if (r->di == 2)
+        r->ip = (u64)other;
+}
+static struct ftrace_ops ops = { .func = callback, .flags = 1 << 2 | 1 << 13 };
+int init_module(void) {
+    pr("unknown %d\n", ftrace_set_filter(&ops, "nowhere_to_be_found", 19, 0));
+    return ftrace_set_filter(&ops, "target", 6, 0) ?: register_ftrace_function(&ops);
+}
+void cleanup_module(void) { unregister_ftrace_function(&ops); }
+"""
+    )
+    path = "sys/module/plain/parameters/run"
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            await m.init_module(build("plain", PROBED + EXIT, TRACED))
+            since = m.printk.next_seq
+            await m.init_module(build("hook", hook))
+            for text in (b"1", b"2"):
+                await m.kernfs.write_file(path, text)
+            with pytest.raises(OSError, match="init answered -16"):
+                await m.init_module(build("lp", PATCH.replace("FUNCTION", "target") + EXIT))
+            await m.delete_module("hook")
+            await m.kernfs.write_file(path, b"2")
+            assert [line for line in loaded(m, since) if not line.startswith("livepatch: ")] == [
+                *("unknown -22", "target 1", "answer 2", "answer 1002", "target 2", "answer 3")
+            ]
+
+    run(main)

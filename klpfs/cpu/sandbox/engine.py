@@ -40,10 +40,11 @@ REGISTERS = (
 )  # fmt: skip
 """General registers, by the names that :meth:`Engine.registers` uses."""
 
-_IDS = {name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in REGISTERS}
-RAX, RSP, RBP, RIP = _IDS["rax"], _IDS["rsp"], _IDS["rbp"], _IDS["rip"]
-RDX, RCX = _IDS["rdx"], _IDS["rcx"]
-ARGUMENTS = tuple(_IDS[name] for name in ("rdi", "rsi", "rdx", "rcx", "r8", "r9"))
+IDS = {name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in REGISTERS}
+"""Unicorn's numbers of them."""
+RAX, RSP, RBP, RIP = IDS["rax"], IDS["rsp"], IDS["rbp"], IDS["rip"]
+RDX, RCX = IDS["rdx"], IDS["rcx"]
+ARGUMENTS = tuple(IDS[name] for name in ("rdi", "rsi", "rdx", "rcx", "r8", "r9"))
 
 _CODE_SELECTOR, _DATA_SELECTOR = 0x33, 0x2B  # __USER_CS, __USER_DS
 _NOWHERE = 1
@@ -104,7 +105,7 @@ class Engine:
         uc.reg_write(x86.UC_X86_REG_GS_BASE, gs_base)
         for name in REGISTERS:
             if name not in ("rip", "eflags"):
-                uc.reg_write(_IDS[name], 0)
+                uc.reg_write(IDS[name], 0)
         self._fresh = uc.context_save()
         self.version = unicorn.__version__
 
@@ -175,11 +176,11 @@ class Engine:
         self._uc.context_restore(self._fresh)
         for name, value in kept.items():
             if name != "rip":
-                self._uc.reg_write(_IDS[name], value)
+                self._uc.reg_write(IDS[name], value)
 
     def registers(self) -> dict[str, int]:
         """All of :data:`REGISTERS`."""
-        return {name: self._uc.reg_read(reg) for name, reg in _IDS.items()}
+        return {name: self._uc.reg_read(reg) for name, reg in IDS.items()}
 
     # -- running ----------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from klpfs.cpu.layout import AREAS, PAGE_SIZE, PROT_EXEC, PROT_READ, PROT_WRITE,
 from klpfs.cpu.sandbox.engine import ARGUMENTS, RAX, RCX, RDX, RSP, Engine, Stop
 from klpfs.cpu.sandbox.fmt import FormatEnv, UnknownFormat, VaList, vformat
 from klpfs.cpu.sandbox.memory import Heap, Memory, PageFault
+from klpfs.cpu.sandbox.probes import RETURN, Hook, entry_steps, frame_of_return
 from klpfs.cpu.sandbox.report import CALLBACK, EXIT, bare_report, make_report, stack_of
 from klpfs.cpu.sandbox.thread import (
     HANDLERS,
@@ -133,9 +134,13 @@ class Machine:
         self.runnable: deque[Thread] = deque()
         self.functions: dict[int, Api] = {}
         self.names: dict[str, int] = {}
+        self.symbols: dict[int, tuple[str, int]] = {}
+        """Name and size of what stands at an address of vmlinux, as far as modules came across it."""
         self.patched: dict[int, int] = {}
         """Functions whose calls are traced: address, and the site that traps."""
         self.sites: dict[int, int] = {}
+        self.hooks: dict[int, list[Hook]] = {}
+        """Probes of functions, by address."""
         self.objects: dict[int, Any] = {}
         """Python's side of kernel objects (IDRs, caches, lock owners), by address."""
         self.holders: dict[int, Thread] = {}
@@ -157,7 +162,7 @@ class Machine:
         self._calls = 0
         for name in ("data", "percpu", "host"):
             self.map(AREAS[name].base, AREAS[name].size, PROT_READ | PROT_WRITE)
-        for addr in (EXIT, CALLBACK):
+        for addr in (EXIT, CALLBACK, RETURN):
             self._plant(addr, _TRAP)
 
     # -- memory and symbols -----------------------------------------------------------------------------------------
@@ -182,9 +187,12 @@ class Machine:
         self.space.write(addr, code)
         self.engine.flush(addr, len(code))
 
-    def define(self, addr: int, name: str) -> None:
-        """Kernel function *name* stands at *addr*."""
-        api = API[name]
+    def define(self, addr: int, name: str, size: int) -> None:
+        """Kernel function *name* of *size* bytes stands at *addr*."""
+        self.symbols[addr] = (name, size)
+        api = API.get(name)
+        if api is None:
+            return
         self._plant(addr, NATIVE[name] if api.kind is Kind.NATIVE else _TRAP)
         self.functions[addr] = api
         self.names.setdefault(name, addr)
@@ -204,9 +212,9 @@ class Machine:
         if module is not None and hit is not None:
             name, at, size = hit
             return name + (f"+{at + backtrace:#x}/{size:#x}" if offset else "") + f" [{module.info.name}]"
-        api = self.functions.get(addr)
-        if api is not None:
-            return api.name + ("+0x0/0x10" if offset else "")
+        known = self.symbols.get(addr)
+        if known is not None:
+            return known[0] + (f"+0x0/{known[1]:#x}" if offset else "")
         return f"{addr:#x}"
 
     # -- tasks ------------------------------------------------------------------------------------------------------
@@ -465,6 +473,9 @@ class Machine:
             if not thread.frames:
                 raise Crash("gp_fault", "returned from a call that nobody made")
             return self._advance(thread, self.engine.get(RAX))
+        if rip == RETURN and thread.returning:
+            thread.frames.append(frame_of_return(self, thread, thread.returning.pop()))
+            return self._advance(thread, None)
         if rip in self.sites:
             return self._traced_entry(thread, self.sites[rip], rip)
         raise Crash("gp_fault", f"int {_TRAP_VECTOR:#x}")
@@ -526,22 +537,25 @@ class Machine:
 
     def _traced_entry(self, thread: Thread, function: int, site: int) -> bool:
         thread.rip = site + len(_SITE)
-        self._ask_ftrace(thread, function)
-        return False
+        return self._ask_ftrace(thread, function, thread.rip)
 
-    def _ask_ftrace(self, thread: Thread, function: int) -> None:
+    def _ask_ftrace(self, thread: Thread, function: int, after: int) -> bool:
+        if function in self.hooks and not thread.probing:
+            steps = entry_steps(self, thread, function, after)
+            thread.frames.append(StubFrame(_FTRACE, function, steps, self.engine.get(RSP), traced=True))
+            return self._advance(thread, None)
         steps = _ftrace_steps()
         next(steps)
         thread.frames.append(StubFrame(_FTRACE, function, steps, self.engine.get(RSP), traced=True))
         thread.in_stub = True
         self._await(thread, Ask("ftrace", [function]), stack=False)
+        return False
 
     # -- kernel calls -----------------------------------------------------------------------------------------------
 
     def _kernel_call(self, thread: Thread, api: Api, addr: int, *, traced: bool = True) -> bool:
         if traced and addr in self.patched:
-            self._ask_ftrace(thread, addr)
-            return False
+            return self._ask_ftrace(thread, addr, 0)
         thread.kernel_calls += 1
         if thread.kernel_calls > self.limits.kernel_calls:
             raise Crash("budget", f"{self.limits.kernel_calls} kernel calls without a pause")
@@ -592,9 +606,10 @@ class Machine:
     def _advance(self, thread: Thread, outcome: object) -> bool:
         """Resume the innermost stub; whether the thread may go on at once."""
         frame = thread.frames[-1]
+        thread.in_stub = True
         if not frame.traced:
             # Whatever happens now happens in the kernel function, called from where it was called.
-            thread.rip, thread.in_stub = frame.addr, True
+            thread.rip = frame.addr
             self.engine.set(RSP, frame.rsp)
         try:
             request = frame.steps.send(outcome)
@@ -612,6 +627,7 @@ class Machine:
             case Invoke(addr, args):
                 if sum(not f.traced for f in thread.frames) > self.limits.nesting:
                     raise Crash("budget", "calls from kernel functions nested too deeply")
+                frame.called = True
                 rsp = (frame.rsp - 128 & -16) - 8
                 self.mem.store(rsp, CALLBACK)
                 self.engine.set(RSP, rsp)
@@ -829,6 +845,10 @@ class Machine:
                 self.patched.pop(self.sites.pop(site), None)
             for addr in [a for a in self.objects if base <= a < base + size]:
                 del self.objects[addr]
+            for addr in [a for a in self.hooks if base <= a < base + size]:
+                del self.hooks[addr]
+            for hooks in self.hooks.values():
+                hooks[:] = [hook for hook in hooks if not base <= hook.addr < base + size]
 
     # -- reports ----------------------------------------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ def _run(socket_fd: int, memory_fd: int) -> None:
         stubs_lib,
         stubs_mem,
         stubs_print,
+        stubs_probe,
         stubs_sync,
         stubs_system,
         stubs_wait,
@@ -144,8 +145,8 @@ def _handle(machine: Machine, message: proto.ToSandbox) -> None:
             for addr, size in message.regions:
                 machine.unmap(addr, size)
         case proto.Stubs():
-            for addr, name in message.items:
-                machine.define(addr, name)
+            for addr, name, size in message.items:
+                machine.define(addr, name, size)
         case proto.ModuleInfo():
             machine.add_module(message)
         case proto.ModuleGone():

@@ -50,7 +50,7 @@ def _walk(
         )
         found += [(frame.addr, frame.reliable) for frame in chain]
         reliable = reliable and sure
-        while frames and frames[-1].traced:
+        while frames and frames[-1].traced and not (end == CALLBACK and frames[-1].called):
             frames.pop()
         if end != CALLBACK or not frames:
             return found, reliable

@@ -105,6 +105,8 @@ class StubFrame:
     steps: Steps
     rsp: int
     traced: bool = False
+    called: bool = False
+    """Whether it called module code: a probe's handler, for a traced one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -149,6 +151,10 @@ class Thread:
     """The address that it sleeps on."""
     in_stub: bool = False
     """Whether it is in its innermost kernel function, not in code that this one called."""
+    probing: bool = False
+    """Whether a probe's handler runs: what it calls is not probed."""
+    returning: list[Any] = field(default_factory=list)
+    """Calls whose return address a kretprobe took, innermost last."""
     quiet: bool = True
     """Whether it passed a quiescent state since RCU last had something to free."""
 
