@@ -734,3 +734,55 @@ void cleanup_module(void) { unregister_ftrace_function(&ops); }
             ]
 
     run(main)
+
+
+@pytest.mark.parametrize(
+    ("kind", "take", "give"),
+    [
+        (
+            "struct { u64 owner, lock, list[2]; } lock = { .list = { (u64)&lock.list, (u64)&lock.list } }",
+            "mutex_lock",
+            "",
+        ),
+        ("struct { u64 count, rest[4]; } lock", "down_write", "up_write"),
+        ("struct { u32 lock, count; u64 list[2]; } lock = { .count = 1 }", "down", "up"),
+    ],
+)
+def test_nobody_waits_for_a_busy_lock_for_ever(run: Any, kind: str, take: str, give: str) -> None:
+    """Threads that take a lock again as soon as they let it go, and others that want it, too."""
+    source = r"""
+void *kthread_create_on_node(int (*)(void *), void *, int, const char *, ...); int wake_up_process(void *);
+int kthread_stop(void *); bool kthread_should_stop(void); void usleep_range_state(u64, u64, u32);
+int TAKE(void *); void GIVE(void *);
+static KIND;
+static int runs[3];
+static int work(void *id) {
+    while (!kthread_should_stop()) {
+        TAKE(&lock);
+        runs[(u64)id]++;
+        usleep_range_state(500, 600, 2);
+        GIVE(&lock);
+    }
+    return 0;
+}
+int init_module(void) {
+    void *tasks[3];
+    for (u64 i = 0; i < 3; i++)
+        wake_up_process(tasks[i] = kthread_create_on_node(work, (void *)i, -1, "worker%d", (int)i));
+    msleep(100);
+    for (int i = 0; i < 3; i++)
+        kthread_stop(tasks[i]);
+    pr("fair %d\n", runs[0] > 20 && runs[1] > 20 && runs[2] > 20);
+    return 0;
+}
+"""
+    for name, text in (("KIND", kind), ("TAKE", take), ("GIVE", give or "mutex_unlock")):
+        source = source.replace(name, text)
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            since = m.printk.next_seq
+            await m.init_module(build("fair", source + EXIT))
+            assert loaded(m, since) == ["fair 1"]
+
+    run(main)

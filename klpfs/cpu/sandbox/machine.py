@@ -145,6 +145,8 @@ class Machine:
         """Python's side of kernel objects (IDRs, caches, lock owners), by address."""
         self.holders: dict[int, Thread] = {}
         """Who holds a lock, by its address."""
+        self.reserved: dict[int, Thread] = {}
+        """Who gets a lock next, because it came too late once."""
         self.printk_ratelimit = 0
         self.deferred: list[int] = []
         """What to free once no thread can see it any more (RCU)."""

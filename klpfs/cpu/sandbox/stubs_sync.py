@@ -36,6 +36,44 @@ def _no_deadlock(m: Machine, t: Thread, lock: int) -> None:
         holder = m.holders.get(holder.waits_for) if holder.waits_for is not None else None
 
 
+# -- fairness: who was woken and came too late gets the lock next (MUTEX_FLAG_HANDOFF, RWSEM_FLAG_HANDOFF) -------------
+
+
+def _reserved(m: Machine, t: Thread, lock: int) -> bool:
+    """Whether *lock* is meant for somebody else."""
+    waiter = m.reserved.get(lock)
+    return waiter is not None and waiter is not t and waiter.state != "dead"
+
+
+def _taken(m: Machine, t: Thread, lock: int) -> None:
+    if m.reserved.get(lock) is t:
+        del m.reserved[lock]
+
+
+def _wake_next(m: Machine, lock: int) -> None:
+    waiter = m.reserved.get(lock)
+    if waiter is not None and waiter.waits_for == lock:
+        m.queues.remove(lock, waiter)
+        m.wake(waiter)
+    else:
+        wake_first(m, lock)
+
+
+def _acquire(m: Machine, t: Thread, lock: int, state: str, take: Any, release: Any) -> Steps:
+    """Sleep until *take* succeeds; *release* wakes the next one if a signal ends that."""
+    woken = False
+    while not take():
+        _no_deadlock(m, t, lock)
+        if woken and not _reserved(m, t, lock):
+            m.reserved[lock] = t
+        if (yield from wait_on(m, t, lock, state)) is Woken.SIGNAL:
+            _taken(m, t, lock)
+            release(m, lock)
+            return -EINTR
+        woken = True
+    return 0
+
+
 # -- mutexes ----------------------------------------------------------------------------------------------------------
 
 
@@ -49,19 +87,16 @@ def _mutex_init(m: Machine, t: Thread, lock: int, name: int, key: int) -> None:
 
 
 def _mutex_try(m: Machine, t: Thread, lock: int) -> bool:
-    if m.mem.get(lock, L.MUTEX_OWNER) & ~7:
+    if m.mem.get(lock, L.MUTEX_OWNER) & ~7 or _reserved(m, t, lock):
         return False
     m.mem.put(lock, L.MUTEX_OWNER, t.task.addr)
     m.holders[lock] = t
+    _taken(m, t, lock)
     return True
 
 
 def _mutex_lock(m: Machine, t: Thread, lock: int, state: str) -> Steps:
-    while not _mutex_try(m, t, lock):
-        _no_deadlock(m, t, lock)
-        if (yield from wait_on(m, t, lock, state)) is Woken.SIGNAL:
-            return -EINTR
-    return 0
+    return _acquire(m, t, lock, state, lambda: _mutex_try(m, t, lock), _wake_next)
 
 
 @stub("mutex_lock")
@@ -83,7 +118,7 @@ def _mutex_trylock(m: Machine, t: Thread, lock: int) -> int:
 def _mutex_unlock(m: Machine, t: Thread, lock: int) -> None:
     m.mem.put(lock, L.MUTEX_OWNER, 0)
     m.holders.pop(lock, None)
-    wake_first(m, lock)
+    _wake_next(m, lock)
 
 
 @stub("mutex_is_locked")
@@ -118,20 +153,17 @@ def _init_rwsem(m: Machine, t: Thread, sem: int, name: int, key: int) -> None:
 
 def _rwsem_try(m: Machine, t: Thread, sem: int, write: bool) -> bool:
     count = m.mem.get(sem, L.RWSEM_COUNT)
-    if count & _WRITER or (write and count):
+    if count & _WRITER or (write and count) or _reserved(m, t, sem):
         return False
     m.mem.put(sem, L.RWSEM_COUNT, count | _WRITER if write else count + _READER)
     if write:
         m.holders[sem] = t
+    _taken(m, t, sem)
     return True
 
 
 def _rwsem_lock(m: Machine, t: Thread, sem: int, write: bool, state: str) -> Steps:
-    while not _rwsem_try(m, t, sem, write):
-        _no_deadlock(m, t, sem)
-        if (yield from wait_on(m, t, sem, state)) is Woken.SIGNAL:
-            return -EINTR
-    return 0
+    return _acquire(m, t, sem, state, lambda: _rwsem_try(m, t, sem, write), wake_all)
 
 
 @stub("down_read")
@@ -186,16 +218,25 @@ def _downgrade_write(m: Machine, t: Thread, sem: int) -> None:
 
 def _down(m: Machine, t: Thread, sem: int, state: str, timeout: int | None = None) -> Steps:
     end = None if timeout is None else m.now() + timeout
+    woken = False
     while True:
         count = m.mem.get(sem, L.SEMAPHORE_COUNT)
-        if count > 0:
+        if count > 0 and not _reserved(m, t, sem):
             m.mem.put(sem, L.SEMAPHORE_COUNT, count - 1)
+            _taken(m, t, sem)
             return 0
+        if woken and not _reserved(m, t, sem):
+            m.reserved[sem] = t
         left = None if end is None else end - m.now()
         if left is not None and left <= 0:
+            _taken(m, t, sem)
+            _wake_next(m, sem)
             return -ETIME
         if (yield from wait_on(m, t, sem, state, left)) is Woken.SIGNAL:
+            _taken(m, t, sem)
+            _wake_next(m, sem)
             return -EINTR
+        woken = True
 
 
 @stub("down")
@@ -225,7 +266,7 @@ def _down_trylock(m: Machine, t: Thread, sem: int) -> int:
 @stub("up")
 def _up(m: Machine, t: Thread, sem: int) -> None:
     m.mem.put(sem, L.SEMAPHORE_COUNT, m.mem.get(sem, L.SEMAPHORE_COUNT) + 1)
-    wake_first(m, sem)
+    _wake_next(m, sem)
 
 
 # -- spinning locks: the locked byte of a qspinlock, the counts of a qrwlock ------------------------------------------
