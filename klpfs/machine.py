@@ -65,6 +65,8 @@ class Machine:
         self.nursery = nursery
         self.lockdep = Lockdep()
         self.kernfs = Kernfs(self.lockdep)
+        self.dev_alias = ""
+        """Another directory for the nodes of devices, where nobody sees ``dev/`` of the tree."""
         self.sched = Sched(self.clock.now, cpus=cpus)
         self.printk = Printk(self.clock.now)
         self.dynamic_debug = DynamicDebug(self.printk, tid=self._current_tid)

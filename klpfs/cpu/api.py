@@ -448,6 +448,8 @@ int! atomic_notifier_call_chain raw_notifier_call_chain blocking_notifier_call_c
 ptr klp_get_state(ptr, ulong)
 
 # static calls, stacks (kernel/static_call_inline.c, kernel/stacktrace.c, kernel/stop_machine.c)
+void rtc_time64_to_tm(long, ptr)
+void time64_to_tm(long, int, ptr)
 void __static_call_update(ptr, ptr, ptr)
 uint stack_trace_save(ptr, uint, uint)
 void stack_trace_print(ptr, uint, int)

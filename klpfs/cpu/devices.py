@@ -5,8 +5,9 @@ Model
     with a number gets a node ``dev/<name>``, as devtmpfs does it. Whoever opens the node reaches the cdev that covers
     the number then: ENXIO without one. A ``struct device`` has a kobject at its beginning, so attributes work on it.
 
-    The node is a file, not a device: everything but open, read, write and release stays with FUSE, so there is no
-    ioctl, no mmap and no poll. The file is opened in the module anew for each read or write.
+    The node is a file, not a device, and a world does not have it in /dev but where a line in the log says. Everything
+    but open, read, write and release stays with FUSE, so there is no ioctl, no mmap and no poll. The file is opened in
+    the module anew for each read or write.
 
 Locks
     None of its own.
@@ -63,7 +64,7 @@ class _Device:
     cls: int
     dev: int
     name: str
-    node: KernfsNode | None
+    nodes: list[KernfsNode]
     kobj: Kobject
     names: list[int]
     link: KernfsNode | None = None
@@ -153,13 +154,18 @@ class Devices:
     def _find(self, dev: int) -> _Cdev | None:
         return next((c for c in self._cdevs if c.dev <= dev < c.dev + c.count), None)
 
-    def _node(self, dev: int, name: str, mode: int) -> KernfsNode | None:
-        """The node in /dev; ``!`` in a name stands for a slash."""
-        where, _, last = ("dev/" + name.replace("!", "/")).rpartition("/")
-        directory = self.machine.kernfs.make_path(where)
-        if directory.get(last) is not None:
-            return None
-        return self.machine.kernfs.create_file(directory, last, self.files.device(lambda: self._open(dev)), mode)
+    def _make_nodes(self, dev: int, name: str, mode: int) -> list[KernfsNode]:
+        """The node in /dev, and the one where a world finds it; ``!`` in a name stands for a slash."""
+        made, fs, alias = [], self.machine.kernfs, self.machine.dev_alias
+        for root in filter(None, ("dev", alias)):
+            where, _, last = f"{root}/{name.replace('!', '/')}".rpartition("/")
+            directory = fs.make_path(where)
+            if directory.get(last) is None:
+                made.append(fs.create_file(directory, last, self.files.device(lambda: self._open(dev)), mode))
+        if alias and made:
+            text = f"klpfs: /dev/{name} of the emulated kernel is /{alias}/{name} here: a file, without ioctl"
+            self.machine.printk.logger("").info(text)
+        return made
 
     def _open(self, dev: int) -> tuple[int, int, int, int]:
         """Operations, number, cdev and private data of the device *dev*. Raises OSError(ENXIO)."""
@@ -185,11 +191,11 @@ class Devices:
         space.put(addr, L.DEVICE_CLASS, cls)
         space.put(addr, L.DEVICE_DEVT, dev)
         space.put(addr, L.DEVICE_DRIVER_DATA, data)
-        device = _Device(addr, cls, dev, name, None, kobj, [text])
+        device = _Device(addr, cls, dev, name, [], kobj, [text])
         if kobj.node is not None and dev:
             numbers = b"%d:%d\n" % (dev >> MINOR_BITS, dev & MINOR_MASK)
             fs.create_file(kobj.node, "dev", Attribute(lambda: numbers), 0o444)
-            device.node = self._node(dev, name, mode)
+            device.nodes = self._make_nodes(dev, name, mode)
         where = fs.make_path(f"sys/class/{class_name}")
         if where.get(name) is None:
             device.link = fs.create_link(where, name, f"../../devices/virtual/{class_name}/{name}")
@@ -201,7 +207,7 @@ class Devices:
     async def _remove(self, device: _Device) -> None:
         self._devices.remove(device)
         self.files.disown(device.addr)
-        for node in (device.node, device.link):
+        for node in (*device.nodes, device.link):
             if node is not None:
                 await self.machine.kernfs.remove(node)
         await device.kobj.put()

@@ -231,6 +231,7 @@ class _Daemon:
         for name in ("proc", "run"):
             kernfs.make_path(f"proc/{HIDDEN}/{name}")
         root.provider = world
+        machine.dev_alias = f"proc/{HIDDEN}/dev"
         emulated = machine.procfs
         emulated.task_of = lambda caller: tasks.ensure(caller.pid)
         profile, keep = self.kernel, self.options.keep_uname

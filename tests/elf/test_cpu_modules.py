@@ -786,3 +786,26 @@ int init_module(void) {
             assert loaded(m, since) == ["fair 1"]
 
     run(main)
+
+
+def test_the_calendar(run: Any) -> None:
+    source = r"""
+void rtc_time64_to_tm(long, int *); void time64_to_tm(long, int, void *);
+int init_module(void) {
+    int rtc[9]; struct { int sec, min, hour, mday, mon; long year; int wday, yday; } tm;
+    rtc_time64_to_tm(1709210096, rtc); /* Thu Feb 29 12:34:56 2024 */
+    for (int i = 0; i < 9; i++)
+        pr("%d\n", rtc[i]);
+    time64_to_tm(-1, 0, &tm); /* Wed Dec 31 23:59:59 1969 */
+    pr("%d %d %d %d %d %d %d %d\n", tm.sec, tm.min, tm.hour, tm.mday, tm.mon, (int)tm.year, tm.wday, tm.yday);
+    return 0;
+}
+"""
+
+    async def main() -> None:
+        async with executing() as (m, _):
+            since = m.printk.next_seq
+            await m.init_module(build("calendar", source + EXIT))
+            assert loaded(m, since) == [*map(str, (56, 34, 12, 29, 1, 124, 4, 59, 0)), "59 59 23 31 11 69 3 364"]
+
+    run(main)

@@ -6,6 +6,7 @@ Source
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Generator
 from typing import Any
 
@@ -112,6 +113,31 @@ def _ktime_get_seconds(m: Machine, t: Thread) -> int:
 @stub("ktime_get_real_seconds")
 def _ktime_get_real_seconds(m: Machine, t: Thread) -> int:
     return m.space.load(L.TIME_PAGE + L.TIME_REAL) // 1_000_000_000
+
+
+def _calendar(m: Machine, addr: int, seconds: int, *, long_year: bool) -> None:
+    """``struct rtc_time``, and ``struct tm``, whose year is a long: 1900 is year 0."""
+    days, rest = divmod(seconds, 86400)
+    date = datetime.date.fromordinal(min(max(days + 719163, 1), datetime.date.max.toordinal()))
+    fields = [rest % 60, rest // 60 % 60, rest // 3600, date.day, date.month - 1]
+    for i, value in enumerate(fields):
+        m.mem.store(addr + 4 * i, value, 4)
+    at = addr + 24 if long_year else addr + 20
+    m.mem.store(at, date.year - 1900 & U64, 8 if long_year else 4)
+    at += 8 if long_year else 4
+    m.mem.store(at, date.isoweekday() % 7, 4)
+    m.mem.store(at + 4, date.timetuple().tm_yday - 1, 4)
+
+
+@stub("rtc_time64_to_tm")
+def _rtc_time64_to_tm(m: Machine, t: Thread, seconds: int, addr: int) -> None:
+    _calendar(m, addr, seconds, long_year=False)
+    m.mem.store(addr + 32, 0, 4)  # tm_isdst
+
+
+@stub("time64_to_tm")
+def _time64_to_tm(m: Machine, t: Thread, seconds: int, offset: int, addr: int) -> None:
+    _calendar(m, addr, seconds + offset, long_year=True)
 
 
 @stub("get_jiffies_64")
