@@ -169,9 +169,12 @@ class CpuCode(ElfCode):
             for export in mod.image.exports:
                 if export.name == name and mod.state not in ("unformed", "going"):
                     return export.value
-        found = self.machine.kallsyms.on_each_match_symbol(name)
+        found = self.machine.kallsyms.table.lookup(name)
+        area = AREAS["data"]
+        if found and area.base <= found[0].address < area.end:  # where emulated variables stand
+            return self.cpu.vmlinux.missing_variable(name) or found[0].address
         if found:
-            return found[0]
+            return found[0].address
         return self.cpu.vmlinux.unsupported(name) if self.machine.kallsyms.table.exported(name) is not None else 0
 
     def _relocate(self, module: ElfModule) -> None:

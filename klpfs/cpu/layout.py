@@ -92,6 +92,12 @@ TEXT_SLOTS: Final = AREAS["text"].end - (1 << 20)
 """Where kernel functions get an address whose own one is not known, or taken."""
 TEXT_SLOT_SIZE: Final = 16
 
+MISSING_DATA: Final = 0xFFFFFFFF83400000
+"""Where variables that are not emulated seem to stand if the data area covers their own address: nothing is mapped
+here, so that an access is noticed, and refused by the variable's name."""
+MISSING_DATA_SLOT: Final = 16 << 10
+MISSING_DATA_END: Final = MISSING_DATA + (4 << 20)
+
 TIME_PAGE: Final = AREAS["data"].base
 """First page of the data area: the clock, kept current by the host (jiffies, then nanoseconds, see the offsets)."""
 TIME_JIFFIES: Final = 0

@@ -168,7 +168,7 @@ def _head(report: Report, ctx: OopsContext) -> tuple[list[Line], str]:
             name = text or ctx.function(addr)
             line = (
                 f"{report.module}: {where} needs kernel function {name}"
-                if not text.startswith("printk")
+                if not text.startswith(("printk", "kernel data"))
                 else (f"{report.module}: {where} needs {name}")
             )
             return [(KERN_ALERT, line), (KERN_DEFAULT, "Oops: unsupported kernel function: 0000")], line

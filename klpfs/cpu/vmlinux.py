@@ -96,6 +96,7 @@ class Vmlinux:
         self._told: set[int] = set()
         self._next_slot = L.TEXT_SLOTS
         self._next_data = _FREE_DATA
+        self._next_missing = L.MISSING_DATA
         self.data: dict[str, int] = {
             "jiffies": L.TIME_PAGE + L.TIME_JIFFIES,
             "init_nsproxy": L.INIT_NSPROXY,
@@ -141,6 +142,17 @@ class Vmlinux:
             addr, self._next_slot = self._next_slot, self._next_slot + L.TEXT_SLOT_SIZE
             self._addresses[name] = addr
             self.functions[addr] = name
+        return self._addresses[name]
+
+    def missing_variable(self, name: str) -> int:
+        """An address for variable *name*, which is not emulated: an access of it faults. 0 when there are too many."""
+        if name not in self._addresses:
+            addr = self._next_missing
+            if addr >= L.MISSING_DATA_END:
+                return 0
+            self._next_missing = addr + L.MISSING_DATA_SLOT
+            self._addresses[name] = addr
+            self.pending.append((addr, name, L.MISSING_DATA_SLOT))
         return self._addresses[name]
 
     def symbol(self, name: str) -> int | None:

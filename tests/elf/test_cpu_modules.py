@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import trio
-from cpu_support import TRACED, build, executing, lines
+from cpu_support import TRACED, CpuTable, build, executing, lines
+
+from klpfs.cpu.host import Cpu
+from klpfs.cpu.layout import AREAS
+from klpfs.kernel.kallsyms import Symbol
+from klpfs.machine import open_machine
 
 EXIT = "void cleanup_module(void) {}\n"
 
@@ -807,5 +812,25 @@ int init_module(void) {
             since = m.printk.next_seq
             await m.init_module(build("calendar", source + EXIT))
             assert loaded(m, since) == [*map(str, (56, 34, 12, 29, 1, 124, 4, 59, 0)), "59 59 23 31 11 69 3 364"]
+
+    run(main)
+
+
+class DataTable(CpuTable):
+    """A vmlinux with a variable whose address emulated ones use."""
+
+    def lookup(self, name: str) -> list[Symbol]:
+        """Also the variable."""
+        return [Symbol(AREAS["data"].base + 64, 8, "D")] if name == "odd_variable" else super().lookup(name)
+
+
+def test_a_variable_that_is_not_emulated_is_named(run: Any) -> None:
+    source = "extern int odd_variable; int init_module(void) { return odd_variable ? -1 : 0; }\n"
+
+    async def main() -> None:
+        async with open_machine(table=DataTable()) as m:
+            m.engine = Cpu(m)
+            with pytest.raises(OSError, match="odd: init_module needs kernel data odd_variable"):
+                await m.init_module(build("odd", source + EXIT))
 
     run(main)

@@ -862,6 +862,9 @@ class Machine:
         low = thread.stack[0]
         if kind == "page_fault" and low - PAGE_SIZE <= addr < low:
             kind = "stack"
+        if kind == "page_fault" and L.MISSING_DATA <= addr < L.MISSING_DATA_END:
+            name, _ = self.symbols.get(addr & -L.MISSING_DATA_SLOT, ("?", 0))
+            kind, text = "missing", f"kernel data {name}"
         report = make_report(self, thread, kind, text, addr=addr, access=access)
         self._bury(thread)
         self.send(proto.Died(thread.tid, report))
