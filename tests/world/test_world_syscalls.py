@@ -262,12 +262,13 @@ END
 
 def test_concurrent_loads_of_one_file_are_one_load(tmp_path: Path) -> None:
     """finit_module(2) gives all of them the result of the first; init_module(2) of the same module does not."""
-    build(tmp_path, 'name = "long"\nkind = "module"\n[init]\nduration = 0.5\nlog = "ready"\n')
+    build(tmp_path, 'name = "long"\nkind = "module"\n[init]\nduration = 1\nlog = "ready"\n')
     (tmp_path / "fail").mkdir()
-    build(tmp_path / "fail", 'name = "sour"\nkind = "module"\n[init]\nduration = 0.5\nret = -12\n')
+    build(tmp_path / "fail", 'name = "sour"\nkind = "module"\n[init]\nduration = 1\nret = -12\n')
     out = script(
         """
-        for i in 1 2 3; do insmod long.ko & done; wait %1; echo $?; wait %2; echo $?; wait %3; echo $?
+        for i in 1 2 3; do insmod long.ko & pids="$pids $!"; done
+        for pid in $pids; do wait $pid; echo $?; done
         dmesg | grep -c ready; insmod long.ko
         insmod fail/sour.ko & insmod fail/sour.ko & wait
         """,
