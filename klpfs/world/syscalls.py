@@ -20,6 +20,7 @@ Source
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -287,19 +288,22 @@ class Syscalls:
             return True
         fd = call.dup_fd(number)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):  # the host's
-                call.proceed()
-                return True
             if offset:
                 raise _fail(errno.ESPIPE)
             if whence == SEEK_HOLE:
                 raise _fail(errno.EINVAL)
-            # the offset belongs to the open file, which this descriptor shares; the next read brings it to the server,
-            # and fsync does at once, for those who poll before they read
+            # the offset belongs to the open file, which this descriptor shares; the next read brings it to the server
             where = seek_offset(self.machine.printk, whence)
-            os.lseek(fd, where, os.SEEK_SET)
+            try:
+                os.lseek(fd, where, os.SEEK_SET)
+            except OSError:  # it is the host's
+                call.proceed()
+                return True
+            # and fsync does at once, for those who poll before they read; where the world has a user namespace, who is
+            # outside may not
             self._kmsg.seek_hint = where
-            os.fsync(fd)
+            with contextlib.suppress(PermissionError):
+                os.fsync(fd)
         finally:
             os.close(fd)
         if call.name == "_llseek":

@@ -74,6 +74,7 @@ until_ '[ ! -e /sys/kernel/livepatch/livepatch_cmdline ]'
 until_ 'rmmod livepatch_cmdline 2>/dev/null'
 echo marked > /dev/kmsg
 dmesg --notime | grep -E "^(livepatch: |marked)"
+dmesg -C; echo later > /dev/kmsg; dmesg --notime
 sysctl -n kernel.ftrace_enabled; sysctl -qw kernel.ftrace_enabled=0; cat /proc/sys/kernel/ftrace_enabled
 grep -c ' klp_enable_patch$' /proc/kallsyms; ps -e -o comm= | grep -cx kthreadd; uname -r
 """
@@ -96,6 +97,7 @@ def expected_life(release: str) -> list[str]:
         "livepatch: 'livepatch_cmdline': starting unpatching transition",
         "livepatch: 'livepatch_cmdline': unpatching complete",
         "marked",
+        "later",
         "1",
         "0",
         "1",
