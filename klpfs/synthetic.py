@@ -92,8 +92,7 @@ class SyntheticCode(ElfCode):
     # -- values -----------------------------------------------------------------------------------------------------
 
     def _param(self, name: str) -> Any:
-        value = self.params[name].value
-        return value[0] if isinstance(value, list) and value else value
+        return self.params[name].first
 
     def _value(self, value: S.Value) -> int:
         if isinstance(value, int):

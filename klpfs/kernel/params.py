@@ -122,7 +122,8 @@ class Param:
             if len(given) > desc.max:
                 raise ValueError(f"parameter {desc.name}: {len(given)} values for an array of {desc.max}")
             self.num = len(given)
-            self.value = given + [_zero(desc.type)] * (desc.max - len(given))
+            # a module may declare billions of elements: those that nobody has set are not kept
+            self.value = given
         else:
             self.num = 1
             self.value = _zero(desc.type) if desc.default is None else desc.default
@@ -147,6 +148,8 @@ class Param:
             if self.num == desc.max:
                 _complain(log, f"{desc.name}: can only take {desc.max} arguments")
                 raise OSError(errno.EINVAL, "Invalid argument")
+            if self.num == len(self.value):
+                self.value.append(_zero(desc.type))
             self.value[self.num] = _set_scalar(desc, item, self.value[self.num], log)
             self.num += 1
 
@@ -155,10 +158,18 @@ class Param:
         return c_string(get_param(self.desc, self.shown) + "\n") if self.shown != [] else b""
 
     @property
+    def first(self) -> Scalar:
+        """The value, of an array its first element."""
+        if isinstance(self.value, list):
+            return self.value[0] if self.value else _zero(self.desc.type)
+        return self.value
+
+    @property
     def shown(self) -> ParamValue:
-        """The value, of an array only the elements that are shown."""
-        if isinstance(self.value, list) and self.desc.counted:
-            return self.value[: self.num]
+        """The value, of an array only the elements that are shown: no more than a page can take."""
+        if isinstance(self.value, list):
+            count = min(self.num if self.desc.counted else self.desc.max, _PAGE_SIZE)
+            return (self.value + [_zero(self.desc.type)] * (count - len(self.value)))[:count]
         return self.value
 
 

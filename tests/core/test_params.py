@@ -227,6 +227,15 @@ def test_array_without_a_count_shows_all() -> None:
     assert param.show() == b"N,Y,N\n"
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_elements_of_a_huge_array_take_no_memory_before_they_are_set(counted: bool) -> None:
+    param = Param(ParamDesc("list", "int", max=0xFFFFFFFF, counted=counted))
+    assert len(param.show()) == (0 if counted else 4095)
+    param.set("1,2,3")
+    assert param.value == [1, 2, 3]
+    assert param.show().startswith(b"1,2,3\n" if counted else b"1,2,3,0,0,")
+
+
 def test_array_of_text() -> None:
     param = Param(ParamDesc("names", "charp", max=3, default=["a", None]))
     assert param.show() == b"a,(null)\n"
