@@ -22,7 +22,7 @@ from klpfs.elf import layout as elf_layout
 from klpfs.elf.reader import ElfModule, ModuleFormatError, Reference, Section
 from klpfs.kernel.kallsyms import SymInfo
 from klpfs.kernel.module import Export, Module, ModuleImage, Note
-from klpfs.kernel.params import Param, ParamDesc
+from klpfs.kernel.params import PARAM_TYPES, Param, ParamDesc
 from klpfs.kernel.sched import Task
 from klpfs.livepatch import KlpCallbacks, KlpFunc, KlpObject, KlpPatch, KlpState
 
@@ -248,9 +248,15 @@ class Loader:
 
 
 def _param(name: str, kind: str, perm: int, length: int, default: str | None) -> ParamDesc:
+    if kind not in PARAM_TYPES or (kind == "string" and not length):
+        # a type of the module's own takes any text; its functions are executed where code is
+        return ParamDesc(name, "charp", perm, max=0 if kind == "string" else length)
     desc = ParamDesc(name, kind, perm, max=length)
     if default is None or (desc.is_array and not default):
         return desc
     value = Param(desc)
-    value.set(default)
+    try:
+        value.set(default)
+    except OSError:  # what stands in the file breaks the type's rules; nobody has set it by them
+        return desc
     return ParamDesc(name, kind, perm, default=value.shown, max=length)

@@ -76,8 +76,6 @@ class CpuCode(ElfCode):
 
     def __init__(self, machine: Machine, elf: ElfModule, cpu: Cpu) -> None:
         super().__init__(machine, elf)
-        # Types of the module's own take any text: their functions are executed.
-        elf.params = [p._replace(type="charp", max=0) if p.type in ("custom", "unknown") else p for p in elf.params]
         self.cpu = cpu
         self.this_module = 0
         """Address of its ``struct module``."""

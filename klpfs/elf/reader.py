@@ -578,17 +578,19 @@ class ElfModule:
         """Tell a parameter's type by its operations; ``declared`` is what modinfo says."""
         kind = "unknown"
         if ops is not None:
-            kind = ops.symbol.removeprefix("param_ops_") if not ops.section else "custom"
+            kind = _type_of(ops)
         length, place = 0, arg
-        if kind == "param_array_ops":  # struct kparam_array: max, elemsize, num, ops, elem
-            kind = (declared or "").removeprefix("array of ") or "unknown"
+        if ops is not None and not ops.section and ops.symbol == "param_array_ops":
+            # struct kparam_array: max, elemsize, num, ops, elem
+            kind = (declared or "").removeprefix("array of ")
+            kind = kind if kind in _KNOWN_TYPES else "unknown"
             if arg is not None and arg.section:
                 head = self.bytes_at(arg, 8)
                 length = struct.unpack("<I", head[:4])[0] if len(head) == 8 else 0
                 refs = self.pointers(self.sections[arg.section])
                 inner, place = refs.get(arg.offset + 16), refs.get(arg.offset + 24)
-                if inner is not None and not inner.section:
-                    kind = inner.symbol.removeprefix("param_ops_")
+                if inner is not None:
+                    kind = _type_of(inner)
             return ModuleParam(name, kind, perm, length, self._array_default(kind, arg, length), ops, place)
         if kind == "string" and arg is not None and arg.section:  # struct kparam_string: maxlen, string
             head = self.bytes_at(arg, 4)
@@ -635,6 +637,15 @@ _PARAM_TYPES = {
     "int": (4, True), "uint": (4, False), "hexint": (4, False), "long": (8, True), "ulong": (8, False),
     "ullong": (8, False),
 }  # fmt: skip
+_KNOWN_TYPES = _PARAM_TYPES.keys() | {"bint", "bool_enable_only", "charp", "string"}
+
+
+def _type_of(ops: Reference) -> str:
+    """The type that a parameter's operations are those of."""
+    if ops.section:
+        return "custom"
+    kind = ops.symbol.removeprefix("param_ops_")
+    return kind if kind in _KNOWN_TYPES and kind != ops.symbol else "unknown"
 
 
 class _Names:

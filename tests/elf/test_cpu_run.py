@@ -146,6 +146,30 @@ def test_parameters_live_in_the_module(run: Any) -> None:
     run(main)
 
 
+ODD_PARAMS = r"""
+extern const char loops_per_jiffy[]; extern const struct kernel_param_ops param_array_ops, param_ops_int;
+struct array { u32 max, elemsize; u32 *num; const struct kernel_param_ops *ops; void *elem; };
+int first, list[2]; u32 count;
+struct array huge = { 0xffffffff, 4, &count, &param_ops_int, list };
+struct array odd = { 2, 4, &count, (void *)loops_per_jiffy, list };
+PARAM(first, (void *)loops_per_jiffy, "int", &first, 0)
+PARAM(huge, &param_array_ops, "array of int", &huge, 0444)
+PARAM(odd, &param_array_ops, "array of what", &odd, 0)
+PARAM(vague, &param_array_ops, "", NULL, 0)
+int init_module(void) { return 0; }
+void cleanup_module(void) {}
+"""
+
+
+def test_parameters_that_no_kernel_type_describes_keep_no_module_out(run: Any) -> None:
+    async def main() -> None:
+        async with executing() as (m, _):
+            await m.init_module(build("odd", ODD_PARAMS), "huge=5,6")
+            assert await m.kernfs.read_file("sys/module/odd/parameters/huge") == b"5,6\n"
+
+    run(main)
+
+
 FILES = r"""
 struct attribute { const char *name; u16 mode; };
 struct kobj_attribute { struct attribute attr; long (*show)(void *, void *, char *);
