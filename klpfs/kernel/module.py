@@ -12,7 +12,7 @@ Locks
 
 Source
     kernel/module/main.c (``load_module``, ``do_init_module``, ``delete_module``), kernel/module/sysfs.c,
-    kernel/module/procfs.c, kernel/module/version.c.
+    kernel/module/procfs.c, kernel/module/version.c, kernel/module/decompress.c (``compression_show``).
 """
 
 from __future__ import annotations
@@ -202,6 +202,9 @@ class Modules:
         self._once: set[str] = set()
 
     # -- the list ---------------------------------------------------------------------------------------------------
+        if kernel.profile.module_compression:
+            show = partial(_line, kernel.profile.module_compression)
+            kernel.kernfs.create_file(self._root, "compression", Attribute(show, None), 0o444)
 
     def find_module(self, name: str) -> Module | None:
         """``find_module``: the module called *name*, unless it is not formed yet."""

@@ -39,6 +39,7 @@ class _Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     release: str
     kernel_version: str
     vermagic: str
+    module_compression: str = ""
     add: list[str] = []
 
 
@@ -50,13 +51,14 @@ class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 @dataclass(frozen=True, slots=True)
 class Profile:
     """One kernel to be: *release* as ``uname -r`` gives it, *kernel_version* as ``uname -v`` does, *vermagic* without
-    the release, and the names of the *rules* that hold."""
+    the release, the names of the *rules* that hold, and what the kernel unpacks modules from (empty: it does not)."""
 
     name: str
     release: str
     kernel_version: str
     vermagic_flags: str
     rules: frozenset[str]
+    module_compression: str = ""
 
     @property
     def linux_banner(self) -> str:
@@ -106,4 +108,11 @@ def profile(name: str = DEFAULT_PROFILE, *, release: str | None = None) -> Profi
         for rule, r in _data().rule.items()
         if _key(r.since) <= version and (r.until is None or version < _key(r.until))
     }
-    return Profile(name, release or raw.release, raw.kernel_version, raw.vermagic, frozenset(holding | set(raw.add)))
+    return Profile(
+        name,
+        release or raw.release,
+        raw.kernel_version,
+        raw.vermagic,
+        frozenset(holding | set(raw.add)),
+        raw.module_compression,
+    )

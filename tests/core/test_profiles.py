@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import KLP, machine
+from conftest import KLP, machine, read
 from core_support import Run, make_patch
 
 from klpfs.kernel.profile import DEFAULT_PROFILE, profile, profile_names, rules
@@ -50,6 +50,16 @@ def test_modes_of_the_attributes_that_are_rare(run: Run) -> None:
                 node = m.kernfs.lookup(f"{KLP}/fix/{name}")
                 assert node is not None
                 assert node.mode == mode
+
+    run(main)
+
+
+def test_kernels_that_unpack_modules_say_from_what(run: Run) -> None:
+    async def main() -> None:
+        async with machine("6.12") as m:
+            assert await read(m, "sys/module/compression") == "xz"
+        async with machine("5.10") as m:
+            assert m.kernfs.lookup("sys/module/compression") is None
 
     run(main)
 

@@ -60,6 +60,7 @@ def test_life_of_a_patch(modules: Path) -> None:
         "Module                  Size  Used by",
         "rmmod: ERROR: Module livepatch_cmdline is not currently loaded",
     ]
+        "compression",
 
 
 def test_refusals(modules: Path) -> None:
