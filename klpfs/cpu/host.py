@@ -40,7 +40,6 @@ from klpfs.cpu.oops import ModuleOops, OopsContext, oops_lines, warn_lines
 from klpfs.cpu.process import SandboxProcess
 from klpfs.cpu.space import Space, create_memory
 from klpfs.cpu.vmlinux import INITIAL_JIFFIES, Vmlinux
-from klpfs.kernel.kernel import TAINT_LETTERS
 
 if TYPE_CHECKING:
     from klpfs.cpu.code import CpuCode
@@ -226,7 +225,6 @@ class Cpu:
             machine.profile.release,
             "",
             machine.kernel.tainted,
-            TAINT_LETTERS,
             f"Modules linked in:{listed}",
             symbol,
             function,

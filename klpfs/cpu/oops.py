@@ -22,18 +22,13 @@ from dataclasses import dataclass
 from klpfs.cpu import layout as L
 from klpfs.cpu.layout import AREAS, U64
 from klpfs.cpu.proto import Report, TaskInfo
+from klpfs.kernel.kernel import call_trace, stack_info
 
 __all__ = ["ModuleOops", "OopsContext", "oops_lines", "warn_lines"]
 
 KERN_ALERT, KERN_CRIT, KERN_WARNING, KERN_DEFAULT, KERN_EMERG = 1, 2, 4, -1, 0
 
 Line = tuple[int, str]
-
-_TAINT_NAMES = (
-    "PROPRIETARY_MODULE", "FORCED_MODULE", "CPU_OUT_OF_SPEC", "FORCED_RMMOD", "MACHINE_CHECK", "BAD_PAGE", "USER",
-    "DIE", "OVERRIDDEN_ACPI_TABLE", "WARN", "CRAP", "FIRMWARE_WORKAROUND", "OOT_MODULE", "UNSIGNED_MODULE",
-    "SOFTLOCKUP", "LIVEPATCH", "AUX", "RANDSTRUCT", "TEST", "FWCTL",
-)  # fmt: skip
 
 
 class ModuleOops(OSError):
@@ -54,29 +49,15 @@ class OopsContext:
     release: str
     version: str
     tainted: int
-    letters: str
     modules: str
     symbol: Callable[[int], str]
     function: Callable[[int], str]
     """Name of the function at an address, or the address."""
 
 
-def _tainted(ctx: OopsContext) -> str:
-    if not ctx.tainted:
-        return "Not tainted"
-    return "Tainted: " + "".join(
-        letter if ctx.tainted >> bit & 1 else ("G" if bit == 0 else " ") for bit, letter in enumerate(ctx.letters)
-    )
-
-
 def _stack_info(ctx: OopsContext) -> list[str]:
     task = ctx.task
-    who = f"CPU: 0 UID: {task.uid} PID: {task.pid} Comm: {task.comm[:20]}"
-    lines = [f"{who} {_tainted(ctx)} {ctx.release} {ctx.version}".rstrip()]
-    if ctx.tainted:
-        flags = [f"[{letter}]={_TAINT_NAMES[bit]}" for bit, letter in enumerate(ctx.letters) if ctx.tainted >> bit & 1]
-        lines.append("Tainted: " + ", ".join(flags))
-    return lines
+    return stack_info(task.pid, task.comm, ctx.tainted, f"{ctx.release} {ctx.version}".rstrip(), uid=task.uid)
 
 
 def _registers(report: Report, ctx: OopsContext, error: int | None) -> list[str]:
@@ -109,8 +90,7 @@ def _registers(report: Report, ctx: OopsContext, error: int | None) -> list[str]
 
 
 def _trace(report: Report, ctx: OopsContext) -> list[str]:
-    frames = [f" {'' if reliable else '? '}{ctx.symbol(addr)}" for addr, reliable in report.trace]
-    return ["Call Trace:", " <TASK>", *frames, " </TASK>"]
+    return call_trace(f"{'' if reliable else '? '}{ctx.symbol(addr)}" for addr, reliable in report.trace)
 
 
 def _where(report: Report, ctx: OopsContext) -> str:

@@ -1,12 +1,14 @@
 """The parts of one emulated kernel, under one roof.
 
 Source
-    init/main.c in spirit: what exists before the first module is loaded.
+    init/main.c in spirit: what exists before the first module is loaded. lib/dump_stack.c, kernel/panic.c
+    (``print_tainted_verbose``), arch/x86/kernel/dumpstack.c.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,12 +28,40 @@ if TYPE_CHECKING:
     from klpfs.kernel.printk import Printk
     from klpfs.kernfs import Kernfs
 
-__all__ = ["TAINT_LETTERS", "Kernel"]
+__all__ = ["TAINT_LETTERS", "Kernel", "call_trace", "stack_info"]
 
 log = logging.getLogger(__name__)
 
 TAINT_LETTERS = "PFSRMBUDAWCIOELKXTNJ"
 """Letter of each taint bit (kernel/panic.c ``taint_flags``); the letter of a clear bit 0 would be G."""
+
+_TAINT_NAMES = (
+    "PROPRIETARY_MODULE", "FORCED_MODULE", "CPU_OUT_OF_SPEC", "FORCED_RMMOD", "MACHINE_CHECK", "BAD_PAGE", "USER",
+    "DIE", "OVERRIDDEN_ACPI_TABLE", "WARN", "CRAP", "FIRMWARE_WORKAROUND", "OOT_MODULE", "UNSIGNED_MODULE",
+    "SOFTLOCKUP", "LIVEPATCH", "AUX", "RANDSTRUCT", "TEST", "FWCTL",
+)  # fmt: skip
+
+
+def _tainted(tainted: int) -> str:
+    if not tainted:
+        return "Not tainted"
+    return "Tainted: " + "".join(
+        letter if tainted >> bit & 1 else ("G" if bit == 0 else " ") for bit, letter in enumerate(TAINT_LETTERS)
+    )
+
+
+def stack_info(pid: int, comm: str, tainted: int, release: str, *, uid: int = 0) -> list[str]:
+    """``dump_stack_print_info``: who runs, and on what kernel. *tainted* are the bits of its taints."""
+    lines = [f"CPU: 0 UID: {uid} PID: {pid} Comm: {comm[:20]} {_tainted(tainted)} {release}"]
+    if tainted:
+        flags = [f"[{letter}]={_TAINT_NAMES[bit]}" for bit, letter in enumerate(TAINT_LETTERS) if tainted >> bit & 1]
+        lines.append("Tainted: " + ", ".join(flags))
+    return lines
+
+
+def call_trace(frames: Iterable[str]) -> list[str]:
+    """``show_trace_log_lvl``: the lines around and with *frames*, innermost first."""
+    return ["Call Trace:", " <TASK>", *(f" {frame}" for frame in frames), " </TASK>"]
 
 
 @dataclass(eq=False)
@@ -64,6 +94,16 @@ class Kernel:
     def test_taint(self, letter: str) -> bool:
         """``test_taint``."""
         return bool(self.tainted >> TAINT_LETTERS.index(letter) & 1)
+
+    def dump_stack(self, functions: str) -> None:
+        """``dump_stack``: who runs, and where. *functions* of vmlinux (space separated, innermost first) are on the
+        stack above what the task's own says."""
+        task = self.sched.current
+        pid, comm = (task.pid, task.comm) if task is not None else (1, "insmod")
+        stack = [*self.sched.frames(f"dump_stack_lvl {functions}"), *(task.inner() if task is not None else ())]
+        frames = (str(self.kallsyms.lookup(addr) or f"0x{addr:x}") for addr in stack)
+        for line in [*stack_info(pid, comm, self.tainted, self.profile.release), *call_trace(frames)]:
+            self.printk.emit(-1, line, caller=f"T{pid}")
 
     def warn(self, where: str, message: str = "") -> None:
         """``WARN()``: the log says so and the kernel is tainted W. *where* is ``file:line function``-like."""

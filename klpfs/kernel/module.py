@@ -537,6 +537,7 @@ class Modules:
         mod.refcnt -= 1
         mod.init_freed = True
         if mod.image.core_symbols is not None:
+            self.kernel.dump_stack("do_init_module do_syscall_64 entry_SYSCALL_64_after_hwframe")
             mod.image.symbols, mod.image.core_symbols = mod.image.core_symbols, None
             self.kernel.kallsyms.add_module(mod.name, mod.image.symbols)
 

@@ -184,7 +184,11 @@ def test_an_init_that_answers_something_positive(run: Run) -> None:
             await load(m, "mod", code=code)
             assert log(m) == [
                 "do_init_module: 'mod'->init suspiciously returned 3, it should follow 0/-E convention\n"
-                "do_init_module: loading module anyway..."
+                "do_init_module: loading module anyway...",
+                f"CPU: 0 UID: 0 PID: 1 Comm: insmod Not tainted {m.profile.release}",
+                "Call Trace:",
+                " <TASK>",
+                " </TASK>",
             ]
             assert await read(m, "sys/module/mod/initstate") == "live"
 

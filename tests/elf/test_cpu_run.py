@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -36,6 +37,45 @@ def test_a_failing_init_unloads_the_module(run: Any) -> None:
             assert info.value.errno == 19
             assert m.modules.find_module("fails") is None
             await m.init_module(build("fails", HELLO))  # the place is free again
+
+    run(main)
+
+
+def test_an_init_that_answers_something_positive_shows_where(run: Any) -> None:
+    async def main() -> None:
+        async with executing(more=["dump_stack_lvl", "do_init_module"]) as (m, _):
+            await m.init_module(build("odd", "int init_module(void) { return 3; } void cleanup_module(void) {}"))
+            assert [re.sub(r"\+0x.*", "", line) for line in lines(m)[-4:]] == [
+                " <TASK>",
+                " dump_stack_lvl",
+                " do_init_module",
+                " </TASK>",
+            ]
+
+    run(main)
+
+
+NAMED = r"""
+int init_module(void) { return 0; }
+void cleanup_module(void) { pr("%s in %ps\n", __this_module.name, cleanup_module); *(volatile int *)0 = 0; }
+"""
+
+
+@pytest.mark.parametrize("name", [b"\xff\xc3\xfe", "\U0010ff80".encode(), b"a/b"])
+def test_names_of_any_bytes(run: Any, name: bytes) -> None:
+    async def main() -> None:
+        async with executing() as (m, _):
+            placeholder = b"x" * len(name)
+            await m.init_module(build(placeholder.decode(), NAMED).replace(placeholder, name))
+            text = name.decode("utf-8", "surrogateescape")
+            assert m.modules.find_module(text) is not None
+            try:
+                await m.delete_module(text)
+            except OSError:
+                pass  # it crashes
+            said = b"\n".join(r.text for r in m.printk.records())
+            assert name + b" in cleanup_module+0x" in said or name + b" in cleanup_module [" in said
+            assert b"RIP: 0010:cleanup_module+0x" in said
 
     run(main)
 
