@@ -118,7 +118,7 @@ class Machine:
         async def store(data: bytes, caller: Caller) -> int:
             return self.dynamic_debug.control_write(data)
 
-        control = SeqFile(lambda caller: self.dynamic_debug.control_show().encode(), store)
+        control = SeqFile(lambda caller: self.dynamic_debug.control_show().encode("utf-8", "surrogateescape"), store)
         self.kernfs.create_file(where, "control", control, 0o644)
 
     def _kmsg(self) -> None:

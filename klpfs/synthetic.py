@@ -282,7 +282,7 @@ class SyntheticCode(ElfCode):
         """Run the show function at *addr*; what it printed."""
         context = _Context()
         await self._run(addr, context)
-        return "".join(context.output).encode()
+        return "".join(context.output).encode("utf-8", "surrogateescape")
 
     async def _run(self, addr: int, context: _Context) -> int:
         action = self._actions.get(addr)

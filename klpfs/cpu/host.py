@@ -302,7 +302,7 @@ class Cpu:
         addr = self.struct_module(name)
         if not addr:
             addr = self._foreign[name] = self.heap.alloc(L.MODULE_SIZE)
-            self.space.write(addr + L.MODULE_NAME.offset, name.encode()[:55])
+            self.space.write(addr + L.MODULE_NAME.offset, name.encode("utf-8", "surrogateescape")[:55])
         return addr
 
     def module_name(self, addr: int) -> str | None:

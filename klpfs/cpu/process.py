@@ -87,7 +87,7 @@ class SandboxProcess:
         """Send a message, now or as soon as there is room. Raises OSError(EPIPE) when the sandbox is gone."""
         if not self.alive:
             raise BrokenPipeError("the sandbox is gone")
-        frame = proto.encode(message)
+        frame = proto.encode_to_sandbox(message)
         if not self._out:
             try:
                 sent = self._socket.send(frame)

@@ -9,12 +9,17 @@ Model
     until the sandbox says ``Event``, ``Block``, ``Done`` or ``Died`` for it; ``Unblock`` says that another thread made
     it run again. When no thread is running, the sandbox is idle.
 
+    Names of modules and functions are bytes to the kernel, and text whose bytes need not be UTF-8 to the daemon
+    (``surrogateescape``); msgpack's text must be UTF-8. Such bytes travel, and stand in the sandbox, as the private
+    characters U+10FF80 to U+10FFFF; the daemon gets back what it sent.
+
 Locks
     None.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -27,6 +32,7 @@ __all__ = [
     "decode_from_sandbox",
     "decode_to_sandbox",
     "encode",
+    "encode_to_sandbox",
 ]
 
 MAX_FRAME = 8 << 20
@@ -308,10 +314,56 @@ _to_sandbox = msgspec.msgpack.Decoder(ToSandbox)
 _from_sandbox = msgspec.msgpack.Decoder(FromSandbox)
 
 
-def encode(message: msgspec.Struct) -> bytes:
-    """One frame."""
-    body = _encoder.encode(message)
+_MARKS = (b"\xf4\x8f\xbe", b"\xf4\x8f\xbf")
+"""What the private characters begin with in UTF-8."""
+_STAND_IN = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
+_REAL = {stand_in: escape for escape, stand_in in _STAND_IN.items()}
+#: a name may hold those characters, too: then their bytes travel
+_OWN = {char: "".join(chr(0x10FF00 + byte) for byte in chr(char).encode()) for char in _REAL}
+
+
+def _to_wire(text: str) -> str:
+    return text.translate(_OWN).translate(_STAND_IN)
+
+
+def _from_wire(text: str) -> str:
+    return text.translate(_REAL).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
+def _texts(value: Value, change: Callable[[str], str]) -> Value:
+    """*value* with all its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return [_texts(item, change) for item in value]
+    if isinstance(value, dict):
+        return {_texts(key, change): _texts(item, change) for key, item in value.items()}
+    return value
+
+
+def _marked(body: bytes) -> bool:
+    return any(mark in body for mark in _MARKS)
+
+
+def _frame(body: bytes) -> bytes:
     return len(body).to_bytes(4, "little") + body
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """One frame of the sandbox's."""
+    return _frame(_encoder.encode(message))
+
+
+def encode_to_sandbox(message: msgspec.Struct) -> bytes:
+    """One frame of the daemon's."""
+    try:
+        body = _encoder.encode(message)
+        odd = _marked(body)
+    except UnicodeEncodeError:
+        odd = True
+    if odd:
+        body = _encoder.encode(_texts(msgspec.to_builtins(message, builtin_types=(bytes,)), _to_wire))
+    return _frame(body)
 
 
 def decode_to_sandbox(body: bytes) -> ToSandbox:
@@ -323,6 +375,8 @@ def decode_to_sandbox(body: bytes) -> ToSandbox:
 def decode_from_sandbox(body: bytes) -> FromSandbox:
     """A message of the sandbox. Raises msgspec.ValidationError for anything else."""
     message: FromSandbox = _from_sandbox.decode(body)
+    if _marked(body):
+        message = msgspec.convert(_texts(msgspec.msgpack.decode(body), _from_wire), FromSandbox)
     return message
 
 

@@ -54,7 +54,12 @@ MODULE_INIT_IGNORE_VERMAGIC = 2
 
 
 def _line(text: str) -> bytes:
-    return text.encode() + b"\n"
+    return text.encode("utf-8", "surrogateescape") + b"\n"
+
+
+def _reachable(name: str) -> bool:
+    """Whether a path can lead to an entry *name*. The kernel makes the others, too, and nobody can open them."""
+    return 0 < len(os.fsencode(name)) <= 255 and name not in (".", "..") and "/" not in name
 
 
 class ModuleCode(Protocol):
@@ -197,14 +202,14 @@ class Modules:
         """What calls the notifiers that modules registered; the bool: those told are told of the end, too."""
         self._log = kernel.printk.logger("")
         self._root = kernel.kernfs.make_path("sys/module")
+        if kernel.profile.module_compression:
+            show = partial(_line, kernel.profile.module_compression)
+            kernel.kernfs.create_file(self._root, "compression", Attribute(show, None), 0o444)
         self._next_addr = MODULE_AREA
         self._free: dict[int, list[int]] = {}
         self._once: set[str] = set()
 
     # -- the list ---------------------------------------------------------------------------------------------------
-        if kernel.profile.module_compression:
-            show = partial(_line, kernel.profile.module_compression)
-            kernel.kernfs.create_file(self._root, "compression", Attribute(show, None), 0o444)
 
     def find_module(self, name: str) -> Module | None:
         """``find_module``: the module called *name*, unless it is not formed yet."""
@@ -532,12 +537,12 @@ class Modules:
                 f"do_init_module: '{mod.name}'->init suspiciously returned {ret}, it should follow 0/-E convention\n"
                 "do_init_module: loading module anyway..."
             )
+            self.kernel.dump_stack("do_init_module do_syscall_64 entry_SYSCALL_64_after_hwframe")
         mod.state = "live"
         await self.notify(mod)
         mod.refcnt -= 1
         mod.init_freed = True
         if mod.image.core_symbols is not None:
-            self.kernel.dump_stack("do_init_module do_syscall_64 entry_SYSCALL_64_after_hwframe")
             mod.image.symbols, mod.image.core_symbols = mod.image.core_symbols, None
             self.kernel.kallsyms.add_module(mod.name, mod.image.symbols)
 
@@ -591,7 +596,8 @@ class Modules:
     def _sysfs_setup(self, mod: Module) -> None:
         """``mod_sysfs_setup``."""
         kernfs = self.kernel.kernfs
-        mod.node = node = kernfs.create_dir(self._root, mod.name)
+        # kobject_set_name_vargs(): a slash cannot be part of a file name
+        mod.node = node = kernfs.create_dir(self._root, mod.name.replace("/", "!"))
 
         def attr(name: str, mode: int, text: Attribute, where: KernfsNode = node) -> None:
             kernfs.create_file(where, name, text, mode)
@@ -604,7 +610,7 @@ class Modules:
             return len(data)
 
         mod.holders_dir = kernfs.create_dir(node, "holders")
-        visible = [p for p in mod.image.params if p.perm]
+        visible = [p for p in mod.image.params if p.perm and _reachable(p.name)]
         if visible:
             params = kernfs.create_dir(node, "parameters")
             for param in visible:
@@ -620,17 +626,17 @@ class Modules:
         attr("taint", 0o444, Attribute(lambda: mod.taint_letters().encode() + b"\n", None))
         attr("refcnt", 0o444, Attribute(lambda: b"%d\n" % mod.refcnt, None))
         for used in mod.using:
-            if used.holders_dir is not None:
+            if used.holders_dir is not None and _reachable(mod.name):
                 kernfs.create_link(used.holders_dir, mod.name, f"../../{mod.name}")
         if mod.image.sections:
             sections = kernfs.create_dir(node, "sections")
             for name, address in mod.image.sections:
-                if sections.get(name) is None:
+                if _reachable(name) and sections.get(name) is None:
                     attr(name, 0o400, Attribute(partial(_line, f"0x{address:016x}"), None), sections)
         if mod.image.notes:
             notes = kernfs.create_dir(node, "notes")
             for note in mod.image.notes:
-                if notes.get(note.name) is None:
+                if _reachable(note.name) and notes.get(note.name) is None:
                     attr(note.name, 0o444, Attribute(partial(bytes, note.data), None), notes)
 
     def _param_attribute(self, mod: Module, param: ParamDesc) -> Attribute:
@@ -670,4 +676,4 @@ class Modules:
             base = mod.base if show_addresses else 0
             taints = f" {mod.flags()}" if mod.taints else ""
             lines.append(f"{mod.name} {mod.total_size} {mod.refcnt} {users or '-'} {state} 0x{base:016x}{taints}\n")
-        return "".join(lines).encode()
+        return "".join(lines).encode("utf-8", "surrogateescape")

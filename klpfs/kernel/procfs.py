@@ -118,7 +118,7 @@ class ProcFs:
             for sym in self.kernel.kallsyms.symbols_of(mod.name):
                 if sym.name:
                     out.append(f"{sym.value if show else 0:016x} {sym.type} {sym.name}\t[{mod.name}]\n")
-        return "".join(out).encode()
+        return "".join(out).encode("utf-8", "surrogateescape")
 
     def _sysctls(self, kernfs: Kernfs, proc: KernfsNode) -> None:
         kernel = self.kernel
@@ -181,8 +181,10 @@ class TaskDirs:
             raise OSError(errno.ENOENT, "kernel threads have none")
 
         entries = {
-            "comm": Entry.file(SeqFile(lambda c: task.comm.encode() + b"\n", self._comm_store(task)), 0o644),
-            "cmdline": Entry.file(SeqFile(lambda c: task.cmdline.encode()), 0o444),
+            "comm": Entry.file(
+                SeqFile(lambda c: task.comm.encode("utf-8", "surrogateescape") + b"\n", self._comm_store(task)), 0o644
+            ),
+            "cmdline": Entry.file(SeqFile(lambda c: task.cmdline.encode("utf-8", "surrogateescape")), 0o444),
             "stat": Entry.file(SeqFile(lambda c: self.stat(task)), 0o444),
             "statm": Entry.file(SeqFile(lambda c: b"0 0 0 0 0 0 0\n"), 0o444),
             "status": Entry.file(SeqFile(lambda c: self.status(task)), 0o444),
@@ -224,7 +226,7 @@ class TaskDirs:
             20, 0, len(self.threads(task.tgid)), 0, start, 0, 0, (1 << 64) - 1, 0, 0, 0, 0, 0, 0, 0,
             0x7FFFFFFF if task.kthread else 0, 0, 1, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
         ]  # fmt: skip
-        return (" ".join(map(str, fields)) + "\n").encode()
+        return (" ".join(map(str, fields)) + "\n").encode("utf-8", "surrogateescape")
 
     def status(self, task: Task) -> bytes:
         """``proc_pid_status``, without the memory of which there is none."""
@@ -254,7 +256,7 @@ class TaskDirs:
             f"SigIgn:\t{'ffffffffffffffff' if task.kthread else '0000000000000000'}",
             "SigCgt:\t0000000000000000",
         ]
-        return ("\n".join(lines) + "\n").encode()
+        return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
 
     def stack(self, task: Task) -> bytes:
         """The return addresses, innermost first, as ``proc_pid_stack`` prints them. Nothing while it runs."""
@@ -264,14 +266,14 @@ class TaskDirs:
         for address in task.trace():
             where = self.kernel.kallsyms.lookup(address)
             lines.append(f"[<0>] {where if where is not None else f'0x{address:016x}'}\n")
-        return "".join(lines).encode()
+        return "".join(lines).encode("utf-8", "surrogateescape")
 
     def wchan(self, task: Task) -> bytes:
         """The function that the task sleeps in, or 0."""
         for address in task.trace():
             where = self.kernel.kallsyms.lookup(address)
             if where is not None:
-                return where.name.encode()
+                return where.name.encode("utf-8", "surrogateescape")
         return b"0"
 
     # last in the class: inside it, the name stands for the method from here on

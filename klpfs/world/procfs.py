@@ -168,14 +168,14 @@ class _ProcessDir:
             lines = [] if name == "0" else [f"{name}+0x0/0x0"]
         kallsyms = self.world.machine.kallsyms
         lines = [*(str(kallsyms.lookup(a) or f"{a:#x}") for a in task.inner()), *own_frames(task, lines)]
-        return "".join(f"[<0>] {line}\n" for line in lines).encode()
+        return "".join(f"[<0>] {line}\n" for line in lines).encode("utf-8", "surrogateescape")
 
     def _wchan(self) -> bytes:
         task = self._task()
         for address in task.inner():
             where = self.world.machine.kallsyms.lookup(address)
             if where is not None:
-                return where.name.encode()
+                return where.name.encode("utf-8", "surrogateescape")
         return self.world.proc.wchan(self.path).encode()
 
 

@@ -195,6 +195,28 @@ def test_an_init_that_answers_something_positive(run: Run) -> None:
     run(main)
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a/b", "a!b"), ("\udcff\udcc3", "\udcff\udcc3"), ("\U0010ff80", "\U0010ff80")]
+)
+def test_names_of_any_bytes(run: Run, name: str, shown: str) -> None:
+    async def main() -> None:
+        async with machine() as m:
+            await load(m, "base", exports=[Export("f", 1, gpl=False)])
+            parts: Any = {"sections": [("x/y", 1), (".text", 2), ("z" * 300, 3)], "undefined": [("f", False)]}
+            await load(m, name, ("srcversion", name), **parts)
+            root = m.kernfs.lookup("sys/module")
+            assert root is not None
+            assert {c.name for c in root.children() if c.kind == "dir"} == {"base", shown}
+            sections = m.kernfs.lookup(f"sys/module/{shown}/sections")
+            assert sections is not None
+            assert [c.name for c in sections.children()] == [".text"]
+            assert await m.kernfs.read_file("proc/modules") != b""
+            await m.delete_module(name)
+            assert m.kernfs.lookup(f"sys/module/{shown}") is None
+
+    run(main)
+
+
 # -- symbols -----------------------------------------------------------------------------------------------------------
 
 
