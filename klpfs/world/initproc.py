@@ -121,6 +121,9 @@ def _launch(options: Options, signals: Signals, to_daemon: socket.socket, cwd: s
         return EXIT_NOT_FOUND if err.errno in (errno.ENOENT, errno.ENOTDIR) else EXIT_CANNOT_EXECUTE
 
 
+    if not options.command[0]:  # os.execvp() has another opinion of it than execve(2)
+        complain(f"'': {os.strerror(errno.ENOENT)}")
+        return EXIT_NOT_FOUND
 class _Init:
     """The loop of pid 1."""
 

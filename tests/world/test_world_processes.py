@@ -49,6 +49,8 @@ def test_exit_status_is_the_commands(command: str, code: int) -> None:
 def test_exit_status_of_klpfs_itself(tmp_path: Path) -> None:
     missing = world("/nosuch/command", check=False)
     assert (missing.returncode, missing.stderr) == (127, "klpfs: /nosuch/command: No such file or directory\n")
+    nameless = world("", check=False)
+    assert (nameless.returncode, nameless.stderr) == (127, "klpfs: '': No such file or directory\n")
     (tmp_path / "data").write_text("no program")
     refused = world(str(tmp_path / "data"), check=False)
     assert (refused.returncode, refused.stderr) == (126, f"klpfs: {tmp_path}/data: Permission denied\n")
