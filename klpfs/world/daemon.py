@@ -15,6 +15,7 @@ Source
 from __future__ import annotations
 
 import array
+import errno
 import gc
 import logging
 import os
@@ -47,7 +48,7 @@ class _StartError(Exception):
     """The daemon cannot start; the message is for the user."""
 
 
-def _detach(*keep: socket.socket) -> None:
+def _detach(*keep: int) -> None:
     """Out of the session, so that the terminal's signals stay away, and without the command's descriptors."""
     os.setsid()
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
@@ -56,7 +57,7 @@ def _detach(*keep: socket.socket) -> None:
     for fd in (0, 1):
         os.dup2(null, fd)
     low = 3
-    for fd in [*sorted(sock.fileno() for sock in keep), os.sysconf("SC_OPEN_MAX")]:
+    for fd in [*sorted(fd for fd in keep if fd >= low), os.sysconf("SC_OPEN_MAX")]:
         os.closerange(low, fd)
         low = fd + 1
 
@@ -82,18 +83,25 @@ def _choose(options: Options) -> tuple[Profile, SymbolTable | None]:
 
 def _open_log(path: str) -> int:
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        # neither the opening nor a write may wait: a pipe may be nobody's, or full, and the kernel goes on
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
     except OSError as err:
-        raise _StartError(f"--log {path}: {err.strerror}") from None
+        reason = "nobody reads from this pipe" if err.errno == errno.ENXIO else err.strerror
+        raise _StartError(f"--log {path}: {reason}") from None
 
 
 class _LogFile:
-    """Copies the kernel log to a file as it grows."""
+    """Copies the kernel log to a file as it grows. Where the file is a pipe that is full, the log waits in its ring
+    buffer."""
 
     def __init__(self, printk: Printk, fd: int) -> None:
+        import trio
+
         self._printk = printk
         self._fd = fd
         self._seq = 0
+        self._rest = b""
+        self._full = trio.Event()
         printk.listeners.append(self.copy)
         self.copy()
 
@@ -101,25 +109,50 @@ class _LogFile:
         """Write what is new."""
         from klpfs.kernel.kmsg import render_record
 
-        lines = []
-        for record in self._printk.records(self._seq):
-            lines.append(render_record(record) + "\n")
-            self._seq = record.seq + 1
+        if not self._rest:
+            lines = []
+            for record in self._printk.records(self._seq):
+                lines.append(render_record(record) + "\n")
+                self._seq = record.seq + 1
+            self._rest = "".join(lines).encode("utf-8", "surrogateescape")
         try:
-            os.write(self._fd, "".join(lines).encode("utf-8", "surrogateescape"))
+            while self._rest:
+                self._rest = self._rest[os.write(self._fd, self._rest) :]
+        except BlockingIOError:
+            self._full.set()
         except OSError:
             self._printk.listeners.remove(self.copy)  # a full disk must not stop the kernel
+            self._rest = b""
+
+    async def run(self) -> None:
+        """Go on whenever a full pipe has been read from."""
+        import trio
+
+        while True:
+            await self._full.wait()
+            self._full = trio.Event()
+            await trio.lowlevel.wait_writable(self._fd)
+            self.copy()  # the rest
+            if not self._rest and self.copy in self._printk.listeners:
+                self.copy()  # what has come since
 
 
 def main(options: Options, to_front: socket.socket, to_init: socket.socket, signals: Signals) -> int:
     """The process's main function; the exit status."""
-    _detach(to_front, to_init)
+    log_fd, failure = -1, None
+    if options.log is not None:
+        try:
+            log_fd = _open_log(options.log)  # here, as it may be one of the command's descriptors: /dev/stdout
+        except _StartError as err:
+            failure = err
+    _detach(to_front.fileno(), to_init.fileno(), log_fd)
     signal.pthread_sigmask(signal.SIG_SETMASK, signals.mask)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="klpfs: %(name)s: %(message)s")
     try:
         gc.disable()  # a tenth of the time that imports take
         # what is wrong with an option is found out before trio is imported
-        log_fd = _open_log(options.log) if options.log is not None else -1
+        if failure is not None:
+            raise failure
         kernel, table = _choose(options)
         import trio
 
@@ -179,10 +212,10 @@ class _Daemon:
 
         async with open_machine(self.kernel, cpus=self.options.cpus, table=self.table) as machine:
             attach(machine)
-            if self.log_fd >= 0:
-                _LogFile(machine.printk, self.log_fd)
             self._stand_ins(machine)
             async with trio.open_nursery() as nursery:
+                if self.log_fd >= 0:
+                    nursery.start_soon(_LogFile(machine.printk, self.log_fd).run)
                 nursery.start_soon(self._serve, machine, nursery)
                 await trio.lowlevel.wait_readable(self.to_front)
                 # not worth an orderly end: nothing that outlives this process depends on one

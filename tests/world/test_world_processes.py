@@ -58,8 +58,10 @@ def test_exit_status_of_klpfs_itself(tmp_path: Path) -> None:
     assert profile.returncode == 125
     assert "9.9" in profile.stderr
     assert "6.12" in profile.stderr
+    os.mkfifo(tmp_path / "fifo")
     for options, word in [
         (("--log", "/nosuch/dir/log"), "/nosuch/dir/log"),
+        (("--log", str(tmp_path / "fifo")), "nobody reads"),
         (("--clock", "sundial"), "sundial"),
         (("--modules", "/nosuch/dir"), "/nosuch/dir"),
         (("--release", "a/b"), "a/b"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
-from world_support import build, patch, release, script, world
+from world_support import KLPFS, PATIENCE, build, environment, patch, release, script, wait_until, world
 
 KLP = "/sys/kernel/livepatch"
 
@@ -58,9 +60,9 @@ def test_life_of_a_patch(modules: Path) -> None:
         "original",
         "rc=0",
         "Module                  Size  Used by",
+        "compression",
         "rmmod: ERROR: Module livepatch_cmdline is not currently loaded",
     ]
-        "compression",
 
 
 def test_refusals(modules: Path) -> None:
@@ -244,6 +246,34 @@ def test_kernel_log_to_a_file(modules: Path, tmp_path: Path) -> None:
     log = tmp_path / "kernel.log"
     world("insmod", "livepatch_cmdline.ko", cwd=modules, options=("--log", str(log)))
     assert "livepatch: enabling patch 'livepatch_cmdline'" in log.read_text()
+
+
+def test_kernel_log_to_a_pipe_that_is_read_late(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    size = fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    text = "x" * 200
+    fill = f"for i in $(seq {2 * size // 200}); do echo $i {text} > /dev/kmsg; done; touch {tmp_path}/full"
+    wait = f"while [ ! -e {tmp_path}/read ]; do sleep .05; done"
+    with subprocess.Popen(
+        [*KLPFS, "run", "--log", str(tmp_path / "pipe"), "--", "sh", "-c", f"{fill}; {wait}"], env=environment()
+    ) as front:
+        wait_until((tmp_path / "full").exists, "the pipe is full, and the kernel goes on")
+        data = b""
+
+        def last() -> bool:
+            nonlocal data
+            try:
+                data += os.read(reader, 65536)
+            except BlockingIOError:
+                pass
+            return f"{2 * size // 200} {text}\n".encode() in data
+
+        wait_until(last, "the last line")
+        (tmp_path / "read").touch()
+        assert front.wait(PATIENCE) == 0
+    os.close(reader)
+    assert data.count(text.encode()) == 2 * size // 200
 
 
 def test_every_file_that_a_patch_may_print(tmp_path: Path) -> None:
