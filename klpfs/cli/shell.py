@@ -24,7 +24,10 @@ def shell_command(shell: str) -> list[str]:
     bash reads its start-up files as always and then puts the name in front of its prompt; of other shells the prompt is
     taken from the environment, where they look at it.
     """
+    from klpfs.world.front import fill_standard_streams
+
     if os.path.basename(shell) == "bash":
+        fill_standard_streams()  # the descriptor must not be one of theirs
         start = os.memfd_create("klpfs-bashrc", 0)
         os.write(start, _BASH_START.encode())
         os.set_inheritable(start, True)

@@ -169,8 +169,13 @@ def main(options: Options, to_front: socket.socket, to_init: socket.socket, sign
         _report(to_front, str(err))
         return EXIT_FAILED
     except BaseException as err:
-        _report(to_front, f"the daemon failed: {type(err).__name__}: {err}")
-        log.exception("the daemon failed")
+        from klpfs.world.front import shortage
+
+        why = shortage(err)
+        if why is None:
+            log.exception("the daemon failed")
+            why = f"{type(err).__name__}: {err}"
+        _report(to_front, f"the daemon failed: {why}")
         return EXIT_FAILED
     return 0
 

@@ -6,6 +6,8 @@ Model
     command stops, the front stops too, which is what the shell's job control looks at; pid 1 and the daemon, which
     terminal signals do not reach, keep the world going meanwhile.
 
+    Until the command starts, a signal that would end it ends the world.
+
     The front is the parent of the daemon and of pid 1, and each of the three dies with the others: pid 1 by
     PR_SET_PDEATHSIG, the daemon at the end of its socket to the front, the world when the front kills pid 1.
 
@@ -24,13 +26,14 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Final
 
 from klpfs.world import sysapi
 from klpfs.world.mounts import WorldError
 from klpfs.world.options import EXIT_FAILED, Options
 
-__all__ = ["Signals", "run"]
+__all__ = ["Signals", "complain", "fill_standard_streams", "run", "shortage"]
 
 #: si_code of signals that the kernel sends, the terminal's among them.
 SI_KERNEL: Final = 0x80
@@ -40,6 +43,8 @@ _FORWARDED: Final = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
     signal.SIGCONT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH,
 )  # fmt: skip
+#: What ends a world whose command has not started yet.
+_ENDING: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 #: Sent to a whole process group by the kernel: the command has it too.
 _BLOCKED: Final = (*_FORWARDED, signal.SIGCHLD)
 
@@ -68,6 +73,49 @@ def complain(text: str) -> None:
         os.write(2, f"klpfs: {text}\n".encode(errors="surrogateescape"))
     except OSError:
         pass
+
+
+def fill_standard_streams() -> None:
+    """Put /dev/null where a standard descriptor is closed, so that nothing of klpfs's gets its number. The command
+    will find it closed again. Raises OSError."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, and closed on exec
+        if fd > 2:
+            os.close(fd)
+            return
+
+
+def _leaves(err: BaseException) -> Iterator[BaseException]:
+    if isinstance(err, BaseExceptionGroup):
+        for inner in err.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield err
+
+
+def shortage(err: BaseException) -> str | None:
+    """What has run out and the limit to look at, if *err* says that; None for any other error."""
+    limits = {
+        errno.EMFILE: "ulimit -n",
+        errno.ENFILE: "sysctl fs.file-max",
+        errno.EAGAIN: "ulimit -u",
+        errno.ENOMEM: "ulimit -d, ulimit -v",
+    }
+    for leaf in _leaves(err):
+        number = None
+        if isinstance(leaf, MemoryError):
+            number = errno.ENOMEM
+        elif isinstance(leaf, OSError):
+            number = leaf.errno
+        elif isinstance(leaf, RuntimeError) and "start new thread" in str(leaf):
+            return "no more threads can be started (ulimit -u, ulimit -d, ulimit -v)"
+        elif isinstance(leaf, ImportError):  # the dynamic linker's words
+            number = next((n for n in limits if os.strerror(n) in str(leaf)), None)
+            if "failed to map segment" in str(leaf):
+                number = errno.ENOMEM
+        if number in limits:
+            return f"{os.strerror(number)} ({limits[number]})"
+    return None
 
 
 def _read(path: str) -> str:
@@ -116,7 +164,9 @@ def enter_namespaces() -> None:
         mapper = Mapper()
         sysapi.unshare(sysapi.CLONE_NEWUSER | sysapi.CLONE_NEWNS | sysapi.CLONE_NEWPID)
     except OSError as err:
-        raise WorldError(f"cannot make a user namespace: {err.strerror}{_userns_hint(err)}") from None
+        raise WorldError(
+            f"cannot make a user namespace: {shortage(err) or f'{err.strerror}{_userns_hint(err)}'}"
+        ) from None
     try:
         mapper.write()
     except OSError as err:
@@ -168,9 +218,16 @@ class _Terminal:
 class Front:
     """The loop: wait for the end of pid 1 or of the daemon, and pass things on meanwhile."""
 
-    def __init__(self, init: int, daemon: int, to_init: socket.socket, to_daemon: socket.socket) -> None:
+    def __init__(
+        self, init: int, daemon: int, to_init: socket.socket, to_daemon: socket.socket, signals: Signals
+    ) -> None:
         self.init, self.daemon = init, daemon
         self.to_init, self.to_daemon = to_init, to_daemon
+        self.signals = signals
+        self.begun = False
+        """Whether the command has started."""
+        self.ended_by = 0
+        """The signal that ended the world before."""
         self.status: int | None = None
         self.init_gone = self.daemon_gone = False
         self.failure = ""
@@ -187,7 +244,7 @@ class Front:
             for ready, _events in poll.poll():
                 if ready == fd:
                     for info in sysapi.read_signalfd(fd):
-                        self._signal(info)
+                        self._signal(poll, info)
                 elif ready == self.to_init.fileno():
                     self._message(poll, self.to_init)
                 else:
@@ -196,7 +253,11 @@ class Front:
         self._message(poll, self.to_daemon)
         self.terminal.take_back()
         self._end_daemon(poll, fd)
+        if self.status is None:  # pid 1 may have seen the daemon's end before the daemon could say why
+            self._message(poll, self.to_daemon)
         os.close(fd)
+        if self.ended_by:
+            return 128 + self.ended_by
         if self.failure:
             complain(self.failure)
             return EXIT_FAILED
@@ -207,9 +268,16 @@ class Front:
             return 128 + os.WTERMSIG(self.status)
         return os.WEXITSTATUS(self.status)
 
-    def _signal(self, info: sysapi.SignalInfo) -> None:
+    def _signal(self, poll: select.poll, info: sysapi.SignalInfo) -> None:
+        if not self.begun:
+            self._message(poll, self.to_init)  # it may have said so just now
         if info.signo == signal.SIGCHLD:
             self._reap()
+        elif not self.begun and info.signo in _ENDING:
+            if info.signo not in self.signals.ignored and not self.init_gone and not self.ended_by:
+                self.ended_by = info.signo
+                for pid in (self.init, self.daemon):  # both may be waiting for something that never comes
+                    os.kill(pid, signal.SIGKILL)
         elif info.code != SI_KERNEL or info.signo == signal.SIGCONT:
             self._tell_init(b"S%d" % info.signo)
 
@@ -253,6 +321,8 @@ class Front:
                 return
             if kind == b"X":
                 self.status = int(text)
+            elif kind == b"B":
+                self.begun = True
             elif kind == b"E" and sock is self.to_daemon:
                 self.failure = text  # it has the reason, where pid 1 only knows that the daemon is gone
                 if not self.init_gone:
@@ -298,14 +368,32 @@ def run(options: Options) -> int:
     That is the command's, 128 + n when signal n ended it, or EXIT_FAILED when klpfs failed, which then has been said on
     standard error.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    signals = Signals()
-    front_daemon, daemon_front = _pair()
-    front_init, init_front = _pair()
-    daemon_init, init_daemon = _pair()
-    daemon_init.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # so that the daemon learns pid 1's pid outside
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it is None where the descriptor is closed
+            stream.flush()
     try:
+        fill_standard_streams()
+        if not os.path.exists("/proc/self"):
+            complain("/proc is not mounted, and a world cannot be made without it")
+            return EXIT_FAILED
+        return _run(options)
+    except OSError as err:
+        complain(f"cannot start: {shortage(err) or err}")
+        return EXIT_FAILED
+
+
+def _run(options: Options) -> int:
+    """As :func:`run`. Raises OSError when the processes cannot be made."""
+    signals = Signals()
+    socks: list[socket.socket] = []
+    daemon = 0
+    try:
+        for _ in range(3):
+            socks += _pair()
+        front_daemon, daemon_front, front_init, init_front, daemon_init, init_daemon = socks
+        daemon_init.setsockopt(
+            socket.SOL_SOCKET, socket.SO_PASSCRED, 1
+        )  # so that the daemon learns pid 1's pid outside
         daemon = os.fork()
         if daemon == 0:
             status = EXIT_FAILED
@@ -315,8 +403,8 @@ def run(options: Options) -> int:
                 from klpfs.world.daemon import main as daemon_main
 
                 status = daemon_main(options, daemon_front, daemon_init, signals)
-            except BaseException:  # noqa: BLE001 - a child must not return into what its parent was doing
-                sys.excepthook(*sys.exc_info())
+            except BaseException as err:  # noqa: BLE001 - a child must not return into what its parent was doing
+                _fail(daemon_front, "the daemon failed", err)
             finally:
                 os._exit(status)
         for sock in (daemon_front, daemon_init):
@@ -325,8 +413,6 @@ def run(options: Options) -> int:
             enter_namespaces()
         except WorldError as err:
             complain(str(err))
-            os.kill(daemon, signal.SIGKILL)
-            os.waitpid(daemon, 0)
             return EXIT_FAILED
         init = os.fork()
         if init == 0:
@@ -337,19 +423,35 @@ def run(options: Options) -> int:
                 from klpfs.world.initproc import main as init_main
 
                 status = init_main(options, init_front, init_daemon, signals)
-            except BaseException:  # noqa: BLE001 - a child must not return into what its parent was doing
-                sys.excepthook(*sys.exc_info())
+            except BaseException as err:  # noqa: BLE001 - a child must not return into what its parent was doing
+                _fail(init_front, "cannot make the world", err)
             finally:
                 os._exit(status)
         for sock in (init_front, init_daemon):
             sock.close()
-        front = Front(init, daemon, front_init, front_daemon)
+        front = Front(init, daemon, front_init, front_daemon, signals)
+        daemon = 0  # the loop sees to its end
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1):
             os.dup2(null, fd)  # whoever reads from the command's output sees its end when the command closes it
         os.close(null)
         return front.loop()
     finally:
-        front_daemon.close()
-        front_init.close()
+        if daemon:
+            os.kill(daemon, signal.SIGKILL)
+            os.waitpid(daemon, 0)
+        for sock in socks:
+            sock.close()
         signals.restore()
+
+
+def _fail(to_front: socket.socket, what: str, err: BaseException) -> None:
+    """Tell the front why this process ends; of what nobody has foreseen, show where, too."""
+    why = shortage(err)
+    if why is None:
+        sys.excepthook(type(err), err, err.__traceback__)
+        why = f"{type(err).__name__}: {err}"
+    try:
+        to_front.send(b"E" + f"{what}: {why}".encode(errors="surrogateescape"), socket.MSG_NOSIGNAL)
+    except OSError:
+        pass

@@ -5,9 +5,9 @@ Model
     passes on the signals that the front forwards, and reports when the command stops, goes on or ends. With the
     command's end it ends itself, and the kernel ends all that is left in the namespace.
 
-    Messages are single datagrams: to the front ``E`` text of a failure, ``X`` wait status of the command, ``T`` it
-    stopped; to the daemon descriptors with ``F`` (the FUSE device and the procfs), ``R`` (the private tmpfs), ``L``
-    (the seccomp listener), and ``C`` (the command goes on, so wake the front).
+    Messages are single datagrams: to the front ``E`` text of a failure, ``B`` the command begins, ``X`` wait status of
+    the command, ``T`` it stopped; to the daemon descriptors with ``F`` (the FUSE device and the procfs), ``R`` (the
+    private tmpfs), ``L`` (the seccomp listener), and ``C`` (the command goes on, so wake the front).
 
 Locks
     One thread. It must not touch the FUSE tree once the command runs: a hung daemon would make it unkillable.
@@ -26,7 +26,7 @@ import signal
 import socket
 
 from klpfs.world import bpf, sysapi
-from klpfs.world.front import Signals, complain
+from klpfs.world.front import Signals, complain, shortage
 from klpfs.world.libmodules import set_up as set_up_modules
 from klpfs.world.mounts import HIDDEN, WorldError, mount_fuse, mount_proc, place_tree
 from klpfs.world.options import EXIT_CANNOT_EXECUTE, EXIT_FAILED, EXIT_NOT_FOUND, Options
@@ -97,8 +97,11 @@ def _install_filter(options: Options) -> int:
                 raise WorldError(f"cannot supervise system calls: {err.strerror}{hint}") from None
 
 
-def _launch(options: Options, signals: Signals, to_daemon: socket.socket, cwd: str) -> int:
-    """In the command's process: become the command. Returns an exit code if that fails."""
+def _launch(
+    options: Options, signals: Signals, to_front: socket.socket, to_daemon: socket.socket, cwd: str, here: int
+) -> int:
+    """In the command's process: become the command, in the directory *cwd*, or *here* (a descriptor) if no path leads
+    there. Returns an exit code if that fails."""
     try:
         listener = _install_filter(options)
         _send_fds(to_daemon, b"L", [listener])
@@ -111,9 +114,16 @@ def _launch(options: Options, signals: Signals, to_daemon: socket.socket, cwd: s
     try:
         os.chdir(cwd)  # by path: the directory may be covered by now
     except OSError:
-        pass
+        try:
+            os.fchdir(here)  # it was removed, say
+        except OSError:
+            pass
     os.environ["KLPFS_SOCKET"] = f"/proc/{HIDDEN}/run/control"
+    to_front.send(b"B", socket.MSG_NOSIGNAL)
     signals.restore()
+    if not options.command[0]:  # os.execvp() has another opinion of it than execve(2)
+        complain(f"'': {os.strerror(errno.ENOENT)}")
+        return EXIT_NOT_FOUND
     try:
         os.execvp(options.command[0], options.command)
     except OSError as err:
@@ -121,9 +131,6 @@ def _launch(options: Options, signals: Signals, to_daemon: socket.socket, cwd: s
         return EXIT_NOT_FOUND if err.errno in (errno.ENOENT, errno.ENOTDIR) else EXIT_CANNOT_EXECUTE
 
 
-    if not options.command[0]:  # os.execvp() has another opinion of it than execve(2)
-        complain(f"'': {os.strerror(errno.ENOENT)}")
-        return EXIT_NOT_FOUND
 class _Init:
     """The loop of pid 1."""
 
@@ -183,8 +190,12 @@ def main(options: Options, to_front: socket.socket, to_daemon: socket.socket, si
     try:
         cwd = os.getcwd()
     except OSError:
-        cwd = "/"
-    if options.modules is not None:
+        cwd = ""
+    try:
+        here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        here = -1
+    if options.modules is not None and cwd:
         options.modules = os.path.abspath(options.modules)
     try:
         sysapi.mount("none", "/", None, sysapi.MS_REC | sysapi.MS_SLAVE)
@@ -197,14 +208,21 @@ def main(options: Options, to_front: socket.socket, to_daemon: socket.socket, si
         set_up_modules(release, options.modules)
         _reserve_pids(proc)
     except OSError as err:
-        return _fail(to_front, f"cannot make the world: {err.filename or ''}: {err.strerror}")
+        where = f"{err.filename}: " if err.filename else ""
+        return _fail(to_front, f"cannot make the world: {shortage(err) or f'{where}{err.strerror}'}")
     except WorldError as err:
         return _fail(to_front, str(err))
     os.close(proc)
     os.chdir("/")
     command = os.fork()
     if command == 0:
-        os._exit(_launch(options, signals, to_daemon, cwd))
+        status = EXIT_FAILED
+        try:
+            status = _launch(options, signals, to_front, to_daemon, cwd, here)
+        except OSError as err:
+            complain(f"cannot start the command: {shortage(err) or err.strerror}")
+        finally:
+            os._exit(status)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1):
         os.dup2(null, fd)

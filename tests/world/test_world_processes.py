@@ -95,6 +95,52 @@ def test_streams_directory_and_environment(tmp_path: Path) -> None:
     assert script("pwd; ls | head -3", cwd=Path("/sys/kernel"))[0] == "/sys/kernel"
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_descriptors_that_are_closed_stay_closed(closed: str, tmp_path: Path) -> None:
+    look = f"for fd in 0 1 2; do [ -e /proc/self/fd/$fd ] && echo $fd; done > {tmp_path}"
+    klpfs = " ".join([*KLPFS, "run", "--"])
+    for prefix, name in ((klpfs, "world"), ("", "host")):
+        command = f"{prefix} sh -c '{look}/{name}; exit 7' {closed}"
+        assert subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, timeout=PATIENCE).returncode == 7
+    assert (tmp_path / "world").read_text() == (tmp_path / "host").read_text()
+
+
+def test_a_removed_directory(tmp_path: Path) -> None:
+    look = "readlink /proc/self/cwd; touch x"
+    gone = f"mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; exec "
+    for prefix in (" ".join([*KLPFS, "run", "--"]), ""):
+        done = subprocess.run(
+            ["sh", "-c", f"{gone}{prefix} sh -c '{look}'"], capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert done.stdout == f"{tmp_path}/gone (deleted)\n", done.stderr
+        assert done.returncode == 1  # nothing can be made there
+
+
+@pytest.mark.parametrize(("limit", "words"), [("-n 8", "Too many open files"), ("-n 16", "Too many open files")])
+def test_what_runs_out_is_named(limit: str, words: str) -> None:
+    command = f"ulimit {limit}; exec {' '.join(KLPFS)} run -- true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"{words} (ulimit -n)" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_command_starts_ends_the_world(number: int, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "image")  # the daemon waits for somebody who writes to it
+    with leaves_nothing(tmp_path) as env:
+        front = subprocess.Popen(
+            [*KLPFS, "run", "--kernel-image", str(tmp_path / "image"), "--", "true"], env=env, stderr=subprocess.PIPE
+        )
+        wait_until(lambda: len(marked(env[MARK])) == 3, "the world's processes")
+        time.sleep(0.2)
+        front.send_signal(number)
+        assert front.wait(PATIENCE) == 128 + number
+        assert front.stderr is not None
+        assert front.stderr.read() == b""
+        front.stderr.close()
+
+
 def test_signal_dispositions_are_as_they_were() -> None:
     script_text = "grep -E 'Sig(Ign|Blk)' /proc/self/status"
     plain = subprocess.run(["sh", "-c", script_text], capture_output=True, text=True, check=True).stdout

@@ -173,6 +173,8 @@ def test_what_an_ordinary_user_lacks_is_named(run: Run, user: str) -> None:
     for setup, words in (
         (("touch /tmp/fuse", "chmod 600 /tmp/fuse", "mount --bind /tmp/fuse /dev/fuse"), ("/dev/fuse", "chmod 666")),
         (("mount --bind /dev/null /proc/meminfo",), ("/proc", "systempaths=unconfined")),
+        (("umount -l /proc",), ("/proc", "not mounted")),
+        (("ulimit -p 4",), ("(ulimit -u",)),
     ):
         done = run("true", user, *setup)
         assert (done.returncode, done.stdout) == (125, ""), done.stderr
