@@ -35,6 +35,7 @@ import errno
 import functools
 import logging
 import os
+import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -307,6 +308,8 @@ class _Operations(pyfuse3.Operations):
         rdev: int,
         ctx: RequestContext,
     ) -> EntryAttributes:
+        if stat.S_ISREG(mode):  # do_mknodat() takes that for a creat(2)
+            self.vfs.create(self.node(parent_inode), os.fsdecode(name), self.caller(ctx))
         self.vfs.refuse(self.node(parent_inode), self.caller(ctx))
 
     @_guard

@@ -199,6 +199,10 @@ def test_the_tree_cannot_be_changed(toy: Server) -> None:
         os.mkdir(attrs / "vmlinux")
     with refused(errno.EXDEV):
         os.link(attrs / "enabled", "/tmp/klpfs-link")
+    with refused(errno.EACCES):  # a regular file: mknod(2) does what creat(2) does
+        os.mknod(attrs / "n", stat.S_IFREG | 0o600)
+    with refused(errno.EPERM):
+        os.mkfifo(attrs / "n")
     os.close(os.open(attrs / "enabled", WO | os.O_CREAT | os.O_TRUNC, 0o600))
     assert stat.S_IMODE(os.stat(attrs / "enabled").st_mode) == 0o644
     status, said = bash(f"touch {attrs}/new; mkdir {attrs}/x; rm -f {attrs}/enabled; mv {attrs}/enabled {attrs}/on")
