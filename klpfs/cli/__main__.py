@@ -5,6 +5,7 @@ Nothing is imported here that a start can do without: ``klpfs run`` with a plain
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,11 @@ def _main() -> None:
         status = run_at_once(sys.argv[2:])
         if status is not None:
             sys.exit(status)
+
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the descriptor is closed, and everybody below writes to it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # paths and names are bytes
 
     if sys.argv[1:2] == ["mount"] and not {"-h", "--help", "-f", "--foreground"} & set(sys.argv):
         from klpfs.control import prefork

@@ -113,7 +113,9 @@ def print_json(obj: object) -> None:
     """Print one JSON document, indented for a terminal, on one line for a pipe."""
     import msgspec
 
-    data = msgspec.json.encode(obj)
+    from klpfs.control.text import to_json
+
+    data = to_json(obj)
     if sys.stdout.isatty():
         data = msgspec.json.format(data, indent=2)
     click.echo(data.decode())

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from klpfs.control import protocol
 from klpfs.control.runtime import Entry, reachable
+from klpfs.control.text import to_json
 
 T = TypeVar("T")
 
@@ -132,6 +133,4 @@ def read_module(path: str) -> bytes:
 
 def dump(obj: Any) -> bytes:
     """``obj`` (structs included) as one JSON document, without a newline."""
-    import msgspec
-
-    return msgspec.json.encode(obj)
+    return to_json(obj)

@@ -22,6 +22,7 @@ import msgspec
 
 from klpfs import __version__
 from klpfs.control import prefork, runtime
+from klpfs.control.text import from_json, to_json
 
 if TYPE_CHECKING:
     from klpfs.kernel.kallsyms import SymbolTable
@@ -190,10 +191,11 @@ def _start_failure(err: BaseException) -> StartError | None:
 
 def spawn(config: MountConfig) -> Report:
     """Start the daemon and return its report; after a ``ready`` one it lives on."""
+    data = to_json(config)
     child = prefork.take()
     try:
         child.restore_signals()
-        child.send(msgspec.json.encode(config))
+        child.send(data)
         report = _await_report(child.report)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # done: there is nothing left to interrupt
     except BaseException:
@@ -226,7 +228,8 @@ def _await_report(reader: int) -> Report | None:
         if not chunk:
             return Report("failed")
         data += chunk
-    return msgspec.json.decode(data, type=Report)
+    report: Report = from_json(data, Report)
+    return report
 
 
 def child_main(reader: int, writer: int) -> int:
@@ -247,10 +250,10 @@ def child_main(reader: int, writer: int) -> int:
             os.dup2(fd, 2)
             os.close(fd)
         try:
-            os.write(writer, msgspec.json.encode(what) + b"\n")
+            os.write(writer, to_json(what) + b"\n")
         except OSError as err:
             if err.errno != errno.EPIPE:  # the starter was interrupted, and has sent a SIGTERM as well
                 raise
         os.close(writer)
 
-    return serve_mount(msgspec.json.decode(data, type=MountConfig), report)
+    return serve_mount(from_json(data, MountConfig), report)

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Final, Generic, TypeVar
 import msgspec
 from msgspec import Meta
 
+from klpfs.control.text import from_json, to_json
+
 #: Version of the protocol; a client refuses a daemon that speaks another one.
 PROTOCOL: Final = 1
 #: Largest module file that can be sent, in bytes.
@@ -329,10 +331,6 @@ class ProtocolError(Exception):
         self.path = path
 
 
-_request_decoder: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest, strict=True)
-_encoder = msgspec.json.Encoder()
-
-
 def _split_path(text: str) -> tuple[str, str | None]:
     """Separate msgspec's ``message - at `$.path` `` into its two halves."""
     message, sep, path = text.rpartition(" - at `")
@@ -342,7 +340,8 @@ def _split_path(text: str) -> tuple[str, str | None]:
 def decode_request(line: bytes) -> AnyRequest:
     """Decode one request line. Raises :class:`ProtocolError` naming the field, and for a bad ``op`` all of them."""
     try:
-        return _request_decoder.decode(line)
+        request: AnyRequest = from_json(line, AnyRequest)
+        return request
     except msgspec.ValidationError as err:
         message, path = _split_path(str(err))
         if path == "$.op" or (path is None and "`op`" in message):
@@ -355,7 +354,7 @@ def decode_request(line: bytes) -> AnyRequest:
 def request_id(line: bytes) -> int | str | None:
     """The ``id`` of a line that did not decode, if one can be made out, so that its refusal can be matched."""
     try:
-        loose: Any = msgspec.json.decode(line)
+        loose: Any = from_json(line, Any)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     found = loose.get("id") if isinstance(loose, dict) else None
@@ -364,13 +363,14 @@ def request_id(line: bytes) -> int | str | None:
 
 def encode(obj: msgspec.Struct) -> bytes:
     """A request or a reply as a line, its newline included."""
-    return _encoder.encode(obj) + b"\n"
+    return to_json(obj) + b"\n"
 
 
 def decode_reply(line: bytes, result_type: type[ResultT]) -> Reply[ResultT]:
     """Decode one reply line with a result of ``result_type``. Raises :class:`ProtocolError`."""
     try:
-        return msgspec.json.decode(line, type=Reply[result_type])  # type: ignore[valid-type]
+        reply: Reply[ResultT] = from_json(line, Reply[result_type])  # type: ignore[valid-type]
+        return reply
     except (msgspec.DecodeError, UnicodeDecodeError) as err:
         message, path = _split_path(str(err))
         raise ProtocolError(f"reply not understood: {message}", path) from None

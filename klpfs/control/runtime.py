@@ -18,6 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from klpfs.control.text import from_json, to_json
+
 #: Environment variables that choose the daemon: a mount point, or directly a socket (set inside ``klpfs run``).
 ENV_MOUNT = "KLPFS_MOUNT"
 ENV_SOCKET = "KLPFS_SOCKET"
@@ -120,7 +122,7 @@ def write_entry(directory: Path, entry: Entry) -> Path:
     """Publish an entry, all at once. Returns the file's path."""
     path = directory / f"{entry.name}.json"
     tmp = directory / f".{entry.name}.tmp"
-    tmp.write_bytes(msgspec.json.encode(entry))
+    tmp.write_bytes(to_json(entry))
     tmp.rename(path)
     return path
 
@@ -163,7 +165,7 @@ def all_entries() -> list[Entry]:
             continue
         for path in paths:
             try:
-                entry = msgspec.json.decode(path.read_bytes(), type=Entry)
+                entry = from_json(path.read_bytes(), Entry)
             except (OSError, msgspec.DecodeError):
                 continue  # gone meanwhile, or not ours
             found[entry.name] = entry

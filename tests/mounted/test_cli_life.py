@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gzip
+import json
 import lzma
 import os
 import select
@@ -65,6 +66,38 @@ def test_from_insmod_to_rmmod(mounted: Mounted) -> None:
         "livepatch: 'fix': starting unpatching transition",
         "livepatch: 'fix': unpatching complete",
     ]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_paths_that_are_no_utf8(cli: Cli, driver: str) -> None:
+    # in a mount namespace of its own, because other tests read the mount table as text
+    script = (
+        "d=$(printf 'm\\377'); mkdir $d && klpfs mount --driver $1 $d && cat $d/sys/module/compression && klpfs status;"
+        "klpfs status --json; klpfs umount $d; ls -A $d"
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", driver],
+        cwd=cli.dir,
+        env=cli.env,
+        capture_output=True,
+        timeout=90,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    lines = done.stdout.splitlines()
+    assert lines[0] == b"xz"
+    assert os.fsencode(cli.dir / "m") + b"\xff, driver" in lines[1]
+    status = json.loads(next(line for line in lines if line.startswith(b"{")))
+    assert os.fsencode(status["mountpoint"]) == os.fsencode(cli.dir / "m") + b"\xff"
+    assert lines[-1].startswith(b"{"), "something is left"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_mounting_with_a_closed_standard_descriptor(cli: Cli, closed: str) -> None:
+    (cli.dir / "k").mkdir()
+    script = f"klpfs mount k {closed} && cat k/proc/modules && klpfs umount k"
+    done = subprocess.run(["sh", "-c", script], cwd=cli.dir, env=cli.env, capture_output=True, timeout=90, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 STALL = ("task", "add", "--comm", "sleeper", "--kthread", "--state", "D", "--stack", "cmdline_proc_show")
