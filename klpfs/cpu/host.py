@@ -482,15 +482,15 @@ class Cpu:
                 raise OSError(errno.EIO, "the execution sandbox died")
             if thread.running and self.process.drain(1):
                 continue
-            if thread.running and self._jumps:
-                # Not idle: the clock must not jump while code runs.
-                await trio.lowlevel.checkpoint()
-                continue
             task, was = thread.task, False
             if task is not None and thread.running:
                 was, task.on_cpu = task.on_cpu, True
-            thread.arrived = trio.Event()
             try:
+                if thread.running and self._jumps:
+                    # Not idle: the clock must not jump while code runs.
+                    await trio.lowlevel.checkpoint()
+                    continue
+                thread.arrived = trio.Event()
                 await thread.arrived.wait()
             finally:
                 thread.arrived = None

@@ -233,6 +233,7 @@ def test_callbacks_sample_waits_for_a_busy_module(run: Callable[..., Any]) -> No
     async def stall() -> list[str]:
         async with machine() as m:
             await m.init_module(module("livepatch-callbacks-busymod"), "sleep_secs=30")
+            await trio.sleep(1)  # until the worker is in the function
             await m.init_module(module("livepatch-callbacks-demo"))
             await trio.sleep(10)
             assert await m.kernfs.read_file(f"{KLP}/livepatch_callbacks_demo/transition") == b"1\n"
