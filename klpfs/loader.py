@@ -42,6 +42,8 @@ class ElfCode(ABC):
     A subclass says what the functions do.
     """
 
+    executes = False
+
     def __init__(self, machine: Machine, elf: ElfModule) -> None:
         self.machine = machine
         self._elf: ElfModule | None = elf

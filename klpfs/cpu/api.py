@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-__all__ = ["API", "DATA", "NATIVE", "SUPPORTED", "Api", "Data", "Kind"]
+__all__ = ["API", "DATA", "HOST_STATS", "NATIVE", "SUPPORTED", "Api", "Data", "Kind"]
 
 
 class Kind(Enum):
@@ -228,6 +228,7 @@ void __seq_puts seq_puts(ptr, ptr)
 void seq_putc(ptr, int)
 int seq_write(ptr, ptr, size)
 void seq_put_decimal_ull(ptr, ptr, ulong)
+void seq_put_decimal_ull_width(ptr, ptr, ulong, uint)
 void seq_put_decimal_ll(ptr, ptr, long)
 void seq_put_hex_ll(ptr, ptr, ulong, uint)
 void seq_pad(ptr, int)
@@ -405,9 +406,20 @@ ulong __msecs_to_jiffies __usecs_to_jiffies(uint)
 ulong nsecs_to_jiffies nsecs_to_jiffies64 jiffies64_to_nsecs jiffies64_to_msecs jiffies_64_to_clock_t(ulong)
 ulong round_jiffies round_jiffies_relative round_jiffies_up(ulong)
 
+# counters: the host's (mm, fs/proc/meminfo.c, kernel/sched/loadavg.c, kernel/sched/cputime.c)
+void si_meminfo si_swapinfo(ptr)
+long si_mem_available()
+ulong vm_commit_limit vm_memory_committed vmalloc_nr_pages pcpu_nr_pages zswap_total_pages()
+void hugetlb_report_meminfo arch_report_meminfo memtest_report_meminfo(ptr)
+void get_avenrun(ptr, ulong, int)
+uint nr_running()
+ulong get_idle_time(ptr, int)
+long ns_to_timespec64(long)
+void set_normalized_timespec64(ptr, long, long)
+ulong nsec_to_clock_t(ulong)
+
 # tasks and modules (kernel/pid.c, kernel/module/main.c, kernel/sched)
 int __task_pid_nr_ns(ptr, int, ptr)
-ptr task_active_pid_ns(ptr)
 ptr __get_task_comm(ptr, size, ptr)
 void __put_task_struct(ptr)
 void set_user_nice(ptr, long)
@@ -592,6 +604,8 @@ void flush_signals sched_set_fifo sched_set_fifo_low(ptr)
 void sched_set_normal(ptr, int)
 bool set_freezable()
 
+void kcpustat_cpu_fetch(ptr, int)
+ptr task_active_pid_ns(ptr)
 bool try_module_get(ptr)
 void __module_get module_put(ptr)
 int module_refcount(ptr)
@@ -659,6 +673,13 @@ def _data() -> dict[str, Data]:
         "saved_command_line": 8,
         "saved_command_line_len": 4,
         "linux_banner": 512,
+        "init_time_ns": 88,
+        "vm_node_stat": 47 * 8,
+        "vm_zone_stat": 12 * 8,
+        "vm_committed_as": 40,
+        "num_poisoned_pages": 8,
+        "zswap_stored_pages": 4,
+        "nr_threads": 4,
         "linux_proc_banner": 512,
         "init_task": 9792,
         "system_state": 4,
@@ -719,6 +740,20 @@ def _data() -> dict[str, Data]:
 
 DATA: Mapping[str, Data] = MappingProxyType(_data())
 """Every kernel variable that module code may use, by name."""
+
+_HOST_STATS = {
+    "meminfo": """
+        si_meminfo si_swapinfo si_mem_available vm_commit_limit vm_memory_committed vmalloc_nr_pages pcpu_nr_pages
+        zswap_total_pages hugetlb_report_meminfo arch_report_meminfo memtest_report_meminfo vm_node_stat vm_zone_stat
+        vm_committed_as num_poisoned_pages zswap_stored_pages
+    """,
+    "loadavg": "get_avenrun nr_running nr_threads",
+    "uptime": "init_time_ns kcpustat_cpu_fetch get_idle_time",
+}
+HOST_STATS: Mapping[str, str] = MappingProxyType(
+    {name: file for file, names in _HOST_STATS.items() for name in names.split()}
+)
+"""The functions and variables that tell the host's numbers, and the file of /proc that has them."""
 
 SUPPORTED: Mapping[str, Kind] = MappingProxyType(
     {**{name: api.kind for name, api in API.items()}, **dict.fromkeys(DATA, Kind.DATA)}

@@ -74,6 +74,8 @@ _FLAG = {"param_get_bool": "NY", "param_get_invbool": "YN"}
 class CpuCode(ElfCode):
     """A module executed by *cpu*."""
 
+    executes = True
+
     def __init__(self, machine: Machine, elf: ElfModule, cpu: Cpu) -> None:
         super().__init__(machine, elf)
         self.cpu = cpu

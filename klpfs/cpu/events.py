@@ -27,6 +27,7 @@ from klpfs.cpu import layout as L
 from klpfs.cpu import proto
 from klpfs.cpu.api import API
 from klpfs.cpu.files import Files
+from klpfs.cpu.hoststats import cpu_times
 from klpfs.cpu.oops import ModuleOops
 from klpfs.kernel.ftrace import FtraceOps
 from klpfs.kernel.kernel import TAINT_LETTERS
@@ -533,6 +534,10 @@ class Events:
     async def on_variable(self, thread: HostThread, name: bytes | str) -> int:
         """Where a variable of the kernel stands that a stub works on."""
         return self.cpu.vmlinux.variable(name if isinstance(name, str) else name.decode())
+
+    async def on_cpu_times(self, thread: HostThread, cpu: int) -> list[int]:
+        """``kcpustat_cpu_fetch``: nanoseconds in the order of ``enum cpu_usage_stat``, from the host's /proc/stat."""
+        return cpu_times(self.machine.procfs.host_file("stat"), cpu)
 
     async def on_allow_signal(self, thread: HostThread, pid: int, sig: int, allowed: bool) -> int:
         """``allow_signal`` and ``disallow_signal`` of a kernel thread: it is woken by those that it lets in."""

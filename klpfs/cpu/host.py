@@ -35,6 +35,7 @@ from klpfs.cpu import layout as L
 from klpfs.cpu import proto
 from klpfs.cpu.events import Events
 from klpfs.cpu.heap import HostHeap, PercpuArea
+from klpfs.cpu.hoststats import HostStats
 from klpfs.cpu.layout import AREAS, U64
 from klpfs.cpu.oops import ModuleOops, OopsContext, oops_lines, warn_lines
 from klpfs.cpu.process import SandboxProcess
@@ -109,6 +110,7 @@ class Cpu:
             )
             self.heap = HostHeap(self.space)
             self.percpu = PercpuArea()
+            self.host_stats = HostStats(machine, self.space, self.vmlinux)
             self.process = SandboxProcess(fd, self._dispatch, self._on_death)
         finally:
             os.close(fd)
@@ -245,6 +247,7 @@ class Cpu:
         space.store(base + L.TIME_MONOTONIC, ns)
         space.store(base + L.TIME_BOOT, ns)
         space.store(base + L.TIME_REAL, int((self._boot_realtime + now) * _NS))
+        self.host_stats.refresh()
         for name, mod in machine.modules.modules.items():
             addr = self.struct_module(name)
             if addr:

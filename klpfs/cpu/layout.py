@@ -6,7 +6,7 @@ Model
 
 Source
     ``include/linux/{livepatch,module,moduleparam,workqueue_types,timer_types,completion,mutex_types,rwsem,semaphore,
-    wait,sched,nsproxy,utsname,seq_file,kobject,sysfs,proc_fs,bug,jump_label,dynamic_debug}.h``,
+    wait,sched,nsproxy,utsname,sysinfo,pid_namespace,time_namespace,percpu_counter,kernel_stat,seq_file,kobject,sysfs,proc_fs,bug,jump_label,dynamic_debug}.h``,
     ``arch/x86/include/asm/{orc_types,current,paravirt_types}.h``, ``Documentation/arch/x86/x86_64/mm.rst``; the
     numbers were read with ``offsetof`` by a compiler run against the headers of linux-headers-6.12-amd64.
 """
@@ -108,6 +108,19 @@ INIT_TASK: Final = TIME_PAGE + PAGE_SIZE
 """``init_task``: the idle task of CPU 0, head of the list of all processes."""
 INIT_NSPROXY: Final = TIME_PAGE + 256
 """``init_nsproxy``, to which ``nsproxy`` of every task points."""
+INIT_TIME_NS: Final = TIME_PAGE + 384
+"""``init_time_ns``."""
+HOST_STAT_WORDS: Final = (
+    "MemTotal", "MemFree", "MemAvailable", "Buffers", "Shmem", "SwapTotal", "SwapFree", "CommitLimit", "Committed_AS",
+    "VmallocUsed", "Percpu", "Zswap", "avenrun0", "avenrun1", "avenrun2", "nr_running",
+)  # fmt: skip
+HOST_STATS: Final = TIME_PAGE + 512
+"""Numbers of the host's, kept current by the host: one word for each of HOST_STAT_WORDS; memory in pages."""
+HOST_TEXT_SIZE: Final = 1024
+HOST_HUGETLB: Final = TIME_PAGE + 1024
+HOST_ARCH_MEMINFO: Final = HOST_HUGETLB + HOST_TEXT_SIZE
+HOST_MEMTEST: Final = HOST_ARCH_MEMINFO + HOST_TEXT_SIZE
+"""Lines of the host's /proc/meminfo that a function of its own prints: strings, HOST_TEXT_SIZE bytes at most."""
 
 
 class Field(NamedTuple):
@@ -402,3 +415,15 @@ KMALLOC_CACHES_SIZE: Final = 5 * 14 * 8
 UTS_NAME_SIZE: Final = 65
 NSPROXY_COUNT: Final = Field(0, 4)
 NSPROXY_UTS_NS: Final = Field(8, 8)
+NSPROXY_TIME_NS: Final = Field(48, 8)
+TIME_NS_BOOTTIME: Final = 56
+"""``offsets.boottime`` of ``struct time_namespace``: a ``struct timespec64``."""
+PID_NS_IDR_NEXT: Final = Field(20, 4)
+PERCPU_COUNTER_COUNT: Final = Field(8, 8)
+SYSINFO_TOTALRAM: Final = 32
+SYSINFO_TOTALSWAP: Final = 64
+SYSINFO_TOTALHIGH: Final = 88
+KERNEL_CPUSTAT_SIZE: Final = 80
+CPUTIME_IDLE: Final = 5 * 8
+CPUINFO_LA57_BYTE: Final = 48 + 528 // 8
+"""The byte of ``x86_capability`` in which X86_FEATURE_LA57, the five levels of page tables, is the lowest bit."""

@@ -21,7 +21,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from klpfs.cpu import layout as L
-from klpfs.cpu.api import API, DATA, INTEGER_PARAMS, NATIVE
+from klpfs.cpu.api import API, DATA, HOST_STATS, INTEGER_PARAMS, NATIVE
 from klpfs.cpu.layout import AREAS
 from klpfs.cpu.space import Space
 from klpfs.kernel.profile import LINUX_PROC_BANNER
@@ -101,7 +101,10 @@ class Vmlinux:
             "jiffies": L.TIME_PAGE + L.TIME_JIFFIES,
             "init_nsproxy": L.INIT_NSPROXY,
             "init_task": L.INIT_TASK,
+            "init_time_ns": L.INIT_TIME_NS,
         }
+        self.host_stats: set[str] = set()
+        """Files of the host's /proc whose numbers modules link against."""
         self.kernel_kobj = self._reserve(L.KOBJECT_SIZE)
         self.workqueues: dict[int, str] = {}
         self._fill()
@@ -157,6 +160,8 @@ class Vmlinux:
 
     def symbol(self, name: str) -> int | None:
         """Address of function or variable *name*, if it can be used; None otherwise."""
+        if name in HOST_STATS:
+            self.host_stats.add(HOST_STATS[name])
         if name in DATA:
             return self.variable(name)
         return self.function(name) if name in API else None
@@ -240,6 +245,7 @@ class Vmlinux:
         space.put(init, L.TASK_NSPROXY, L.INIT_NSPROXY)
         space.put(L.INIT_NSPROXY, L.NSPROXY_COUNT, 1)
         space.put(L.INIT_NSPROXY, L.NSPROXY_UTS_NS, self.variable("init_uts_ns"))
+        space.put(L.INIT_NSPROXY, L.NSPROXY_TIME_NS, L.INIT_TIME_NS)
         for offset in (0, 8):
             space.store(init + L.TASK_TASKS.offset + offset, init + L.TASK_TASKS.offset)
         for member in (L.TASK_REAL_PARENT, L.TASK_PARENT, L.TASK_GROUP_LEADER):

@@ -63,7 +63,12 @@ def _reachable(name: str) -> bool:
 
 
 class ModuleCode(Protocol):
-    """What runs a module. Functions answer as C functions do: 0 or a negative errno."""
+    """What runs a module. Functions answer as C functions do: 0 or a negative errno.
+
+    *executes*: it runs machine code, which reads the structures of the kernel that it is handed.
+    """
+
+    executes: bool
 
     async def load(self, mod: Module) -> None:
         """Place and relocate the module. Raises OSError(ENOEXEC)."""

@@ -38,6 +38,9 @@ SHOW_FUNCTIONS = {
 }
 """Files of /proc and the functions of the kernel that print them."""
 
+ITEM_FUNCTIONS = {"devinfo_show": "major numbers", "show_cpuinfo": "struct cpuinfo_x86"}
+"""Those of them that the kernel calls once for each item of a list, and of what, which is not emulated."""
+
 PF_KTHREAD = 0x00200000
 TASK_COMM_LEN = 16
 SYSCALL_FRAMES = "do_syscall_64 entry_SYSCALL_64_after_hwframe"
@@ -100,6 +103,13 @@ class ProcFs:
         mod = kernel.modules.find_module(where.modname) if where and where.modname else None
         if mod is None:
             raise OSError(errno.EIO, f"{function}: its replacement at {target:#x} lies in no module")
+        if function in ITEM_FUNCTIONS and mod.code.executes:
+            items = ITEM_FUNCTIONS[function]
+            kernel.printk.logger("klpfs: ").err(
+                f"{mod.name}: its copy of {function} cannot run: it prints one item of a list ({items}), "
+                "which is not emulated"
+            )
+            raise OSError(errno.EIO, f"{function}: the list of {items} is not emulated")
         return await mod.code.show(target, task)
 
     # -- the whole kernel -------------------------------------------------------------------------------------------

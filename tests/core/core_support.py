@@ -22,6 +22,8 @@ Run = Callable[..., Any]
 class Bare:
     """The code of a module made in Python: it does nothing, and notes the klp relocations asked of it."""
 
+    executes = False
+
     def __init__(self) -> None:
         self.relocs: list[tuple[str, str | None]] = []
         self.reloc_errno = 0

@@ -69,7 +69,7 @@ def test_what_the_samples_and_selftests_need_is_there() -> None:
 
 def test_every_function_has_a_stub_and_every_stub_a_function() -> None:
     handlers = importlib.import_module("klpfs.cpu.sandbox.thread").HANDLERS
-    for part in ("core", "data", "lib", "mem", "print", "probe", "sync", "system", "wait"):
+    for part in ("core", "data", "lib", "mem", "print", "probe", "stat", "sync", "system", "wait"):
         importlib.import_module(f"klpfs.cpu.sandbox.stubs_{part}")
     wanted = {api.stub for api in API.values() if api.kind is not Kind.NATIVE}
     assert set(handlers) == wanted

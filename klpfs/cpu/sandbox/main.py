@@ -79,6 +79,7 @@ def _run(socket_fd: int, memory_fd: int) -> None:
         stubs_mem,
         stubs_print,
         stubs_probe,
+        stubs_stat,
         stubs_sync,
         stubs_system,
         stubs_wait,

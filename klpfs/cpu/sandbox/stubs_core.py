@@ -595,8 +595,9 @@ def _task_pid_nr_ns(m: Machine, t: Thread, addr: int, kind: int, ns: int) -> int
 
 
 @stub("task_active_pid_ns")
-def _task_active_pid_ns(m: Machine, t: Thread, addr: int) -> int:
-    return m.names.get("init_pid_ns", 0)
+def _task_active_pid_ns(m: Machine, t: Thread, addr: int) -> Steps:
+    where = yield Ask("variable", ["init_pid_ns"])
+    return int(where)
 
 
 @stub("__get_task_comm")
