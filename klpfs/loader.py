@@ -55,6 +55,11 @@ class ElfCode(ABC):
         self._size = 0
 
     @property
+    def dead(self) -> bool:
+        """See :class:`klpfs.kernel.module.ModuleCode`."""
+        return False
+
+    @property
     def elf(self) -> ElfModule:
         """The file."""
         assert self._elf is not None, "the file was let go"

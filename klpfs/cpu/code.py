@@ -92,6 +92,11 @@ class CpuCode(ElfCode):
         self._kernel_params: dict[str, int] = {}
         self._token = trio.lowlevel.current_trio_token()
 
+    @property
+    def dead(self) -> bool:
+        """Whether the sandbox that had it in memory is gone."""
+        return not self.cpu.alive
+
     # -- loading ----------------------------------------------------------------------------------------------------
 
     async def load(self, mod: Module) -> None:
@@ -168,6 +173,11 @@ class CpuCode(ElfCode):
         for mod in self.machine.modules.modules.values():
             for export in mod.image.exports:
                 if export.name == name and mod.state not in ("unformed", "going"):
+                    if mod.code.dead:
+                        self.machine.printk.logger("klpfs: ").err(
+                            f"{self._name}: {name} is of module {mod.name}, whose code is gone with its sandbox"
+                        )
+                        raise OSError(errno.EIO, f"{name} is gone")
                     return export.value
         found = self.machine.kallsyms.table.lookup(name)
         area = AREAS["data"]

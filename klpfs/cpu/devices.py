@@ -83,6 +83,12 @@ class Devices:
         self._classes: dict[int, str] = {}
         self._misc: dict[int, _Cdev] = {}
         self._misc_class = 0
+        self._taken_minors: set[int] = set()
+
+    def take_over(self, before: Devices) -> None:
+        """The numbers that the modules of a dead engine hold stay taken."""
+        self._regions = list(before._regions)
+        self._taken_minors = before._taken_minors | {cdev.dev & MINOR_MASK for cdev in before._misc.values()}
 
     # -- numbers ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +256,7 @@ class Devices:
         self, thread: HostThread, addr: int, name: bytes, minor: int, fops: int, mode: int, groups: list[Any]
     ) -> list[int]:
         """``misc_register``: minor and device. Raises OSError: EBUSY for a minor that is taken, EEXIST for a name."""
-        taken = {cdev.dev & MINOR_MASK for cdev in self._misc.values()}
+        taken = self._taken_minors | {cdev.dev & MINOR_MASK for cdev in self._misc.values()}
         if minor == MISC_DYNAMIC_MINOR:
             minor = next(n for n in range(MISC_DYNAMIC_MINOR + 1, MINOR_MASK + 1) if n not in taken)
         elif minor in taken:

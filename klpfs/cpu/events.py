@@ -36,6 +36,7 @@ from klpfs.livepatch import KlpCallbacks, KlpFunc, KlpObject, KlpPatch, KlpState
 
 if TYPE_CHECKING:
     from klpfs.cpu.host import Cpu, HostThread
+    from klpfs.cpu.space import Space
     from klpfs.kernel.module import Module
     from klpfs.kernel.sched import Task
 
@@ -61,9 +62,10 @@ def text_of(data: bytes | None) -> str:
 
 @dataclass(eq=False)
 class PatchMemory:
-    """Where the structures of a patch stand: ``KlpPatch.priv``."""
+    """Where the structures of a patch stand, in which memory: ``KlpPatch.priv``."""
 
     addr: int
+    space: Space
     funcs: dict[KlpFunc, int] = field(default_factory=dict)
     states: dict[KlpState, int] = field(default_factory=dict)
     objects: dict[KlpObject, int] = field(default_factory=dict)
@@ -198,7 +200,7 @@ class Events:
             await self.machine.livepatch.klp_enable_patch(None)
             return 0
         mod_addr, objects, states, replace = read
-        memory = PatchMemory(addr)
+        memory = PatchMemory(addr, self.cpu.space)
         objs: list[KlpObject] | None = None
         if objects is not None:
             objs = [self._object(memory, thread.module, *row) for row in objects]
@@ -240,6 +242,8 @@ class Events:
             answer = await self.cpu.call(call, [memory.objects[obj]], module=module)
         except ModuleOops:
             return -errno.EFAULT if answers else None
+        except OSError:
+            return -errno.EIO if answers else None  # the sandbox is gone
         return to_int(answer) if answers else None
 
     def _write_back(self, memory: PatchMemory, obj: KlpObject) -> None:
@@ -265,9 +269,19 @@ class Events:
         if state is None:
             return 0
         for patch in self.machine.livepatch.patches:
-            if isinstance(patch.priv, PatchMemory) and state in patch.priv.states:
-                return patch.priv.states[state]
+            memory = patch.priv
+            if isinstance(memory, PatchMemory) and state in memory.states:
+                addr = memory.states[state]
+                return addr if memory.space is self.cpu.space else self._copied_state(memory.space, addr)
         return 0
+
+    def _copied_state(self, space: Space, addr: int) -> int:
+        """A state whose module is dead: what the core knows of it can be read, what its data point to cannot."""
+        copy = self.cpu.heap.alloc(L.KLP_STATE_SIZE, space.read(addr, L.KLP_STATE_SIZE))
+        if space.get(addr, L.KLP_STATE_DATA):
+            gone = self.cpu.vmlinux.missing_variable("klp_state.data of a module whose code is gone")
+            self.cpu.space.put(copy, L.KLP_STATE_DATA, gone)
+        return copy
 
     # -- shadow variables: their data are objects of the daemon's heap ----------------------------------------------
 
@@ -290,7 +304,8 @@ class Events:
 
         return destroy if dtor else None
 
-    def _free_shadow(self, data: object) -> None:
+    def free_shadow(self, data: object) -> None:
+        """The data of a shadow variable that code allocated."""
         assert isinstance(data, int)
         self.cpu.heap.free(data)
 
@@ -317,7 +332,7 @@ class Events:
             self._ctor(thread, ctor),
             ctor_data,
             alloc=self.cpu.heap.alloc_or_null,
-            free=self._free_shadow,
+            free=self.free_shadow,
         )
         return data if isinstance(data, int) else 0
 

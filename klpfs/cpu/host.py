@@ -9,6 +9,11 @@ Model
     A task that runs module code has the call chains of its threads on its stack, as of their last kernel call that may
     block; while its code runs it is on a CPU.
 
+    The death of the sandbox takes the memory of all code with it. The modules that it ran stay as they are after a
+    crash of their own: listed, in use, and whatever calls them gets an error. Code that is loaded afterwards runs in a
+    new engine with a memory of its own (see :mod:`klpfs.cpu.lazy`); of the old one it sees what the core keeps, and
+    nothing that stood in its memory.
+
 Locks
     Trio thread only.
 
@@ -89,10 +94,16 @@ class HostThread:
 
 
 class Cpu:
-    """The execution engine of one machine. Construct inside the machine's block: it starts the sandbox at once."""
+    """The execution engine of one machine. Construct inside the machine's block: it starts the sandbox at once.
 
-    def __init__(self, machine: Machine, limits: proto.Limits | None = None) -> None:
-        self.machine = machine
+    *before* is the engine whose place it takes, which is dead.
+    """
+
+    def __init__(self, machine: Machine, limits: proto.Limits | None = None, before: Cpu | None = None) -> None:
+        while before is not None and not before.modules:
+            before = before.before
+        self.machine: Machine = machine
+        self.before: Cpu | None = before
         self.limits = limits if limits is not None else proto.Limits()
         fd = create_memory()
         try:
@@ -114,6 +125,10 @@ class Cpu:
             self.process = SandboxProcess(fd, self._dispatch, self._on_death)
         finally:
             os.close(fd)
+        self.ready = False
+        """Whether the sandbox has said that it runs."""
+        self.death = ""
+        """Why it died."""
         self.confinement: list[str] = []
         self.threads: dict[int, HostThread] = {}
         self.modules: dict[str, CpuCode] = {}
@@ -134,6 +149,8 @@ class Cpu:
         self._console: tuple[int, ...] = ()
         self._tasks: list[proto.TaskInfo] = []
         self.send(proto.Start(self.limits, machine.sched.cpus, seed[:16], canary))
+        if before is not None:
+            self.events.files.devices.take_over(before.events.files.devices)
         machine.ftrace.on_patched.append(self._on_patched)
         machine.ftrace.module_site = self._module_site
         machine.modules.notifier = self._notify_modules
@@ -157,24 +174,38 @@ class Cpu:
         """Whether code can be executed."""
         return self.process.alive
 
+    async def started(self) -> bool:
+        """Wait until the sandbox runs; whether it does."""
+        while self.alive and not self.ready:
+            if not self.process.drain(1):
+                await trio.lowlevel.checkpoint()  # not idle: the clock must not jump
+        self.process.drain(0)  # it may have ended since
+        return self.alive
+
     # -- messages ---------------------------------------------------------------------------------------------------
 
     def send(self, message: msgspec.Struct) -> None:
         """Send a message to the sandbox, new kernel functions first. Raises OSError(EIO) when it is gone."""
+        process, ftrace = self.process, self.machine.ftrace
         try:
             if self.vmlinux.pending:
                 items, self.vmlinux.pending = self.vmlinux.pending, []
-                if not isinstance(message, proto.Start):
-                    self.process.send(proto.Stubs(items))
-                else:
-                    self.process.send(message)
-                    message = proto.Stubs(items)
-            self.process.send(message)
+                if isinstance(message, proto.Start):
+                    process.send(message)
+                process.send(proto.Stubs(items))
+                hooked = ftrace.hooked()
+                for addr, _, _ in items:
+                    if addr in hooked and addr in self.vmlinux.functions:
+                        process.send(proto.Patched(addr, 0, True))  # it was patched before anybody here called it
+                if isinstance(message, proto.Start):
+                    return
+            process.send(message)
         except BrokenPipeError as error:
             raise OSError(errno.EIO, "the execution sandbox is gone") from error
 
     def _dispatch(self, message: proto.FromSandbox) -> None:
         if isinstance(message, proto.Ready):
+            self.ready = True
             self.confinement = message.confinement
             log.info("sandbox ready: %s, confined by %s", message.engine, ", ".join(message.confinement))
             return
@@ -197,13 +228,27 @@ class Cpu:
 
     def _on_death(self, why: str) -> None:
         log.error("sandbox lost: %s", why)
-        plain = self.machine.printk.logger("")
-        plain.emerg(f"klpfs: module execution stopped: the sandbox is gone: {why}")
-        plain.emerg("klpfs: code of real modules cannot run any more in this machine")
+        self.death = why
+        if self.ready:
+            plain = self.machine.printk.logger("")
+            plain.emerg(f"klpfs: module execution stopped: the sandbox is gone: {why}")
+            shadows = self._drop_shadows()
+            if self.modules:
+                lost = f", {shadows} shadow variables with it" if shadows else ""
+                plain.emerg(f"klpfs: the code of these modules is gone{lost}: {' '.join(self.modules)}")
+                plain.emerg("klpfs: they cannot be removed; modules loaded from now on run in a new sandbox")
         for thread in list(self.threads.values()):
             thread.running = False
             if thread.arrived is not None:
                 thread.arrived.set()
+
+    def _drop_shadows(self) -> int:
+        """Forget the shadow variables whose data and objects were in the memory that is gone; how many."""
+        variables = self.machine.livepatch.klp.klp_shadow_hash
+        lost = [key for key, shadow in variables.items() if shadow.free == self.events.free_shadow]
+        for key in lost:
+            del variables[key]
+        return len(lost)
 
     def _log(self, lines: Sequence[tuple[int, str]], thread: HostThread) -> None:
         for level, text in lines:
@@ -359,7 +404,7 @@ class Cpu:
         for code in self.modules.values():
             if code.contains(addr):
                 return bool(code.ftrace_site(addr))
-        return None
+        return self.before._module_site(addr) if self.before is not None else None
 
     def _on_patched(self, addr: int, on: bool) -> None:
         if not self.alive:
@@ -368,10 +413,16 @@ class Cpu:
             if code.contains(addr):
                 site = code.ftrace_site(addr)
                 if site:
-                    self.send(proto.Patched(addr, site, on))
+                    self._send_patched(proto.Patched(addr, site, on))
                 return
         if self.vmlinux.name_of(addr) is not None:
-            self.send(proto.Patched(addr, 0, on))
+            self._send_patched(proto.Patched(addr, 0, on))
+
+    def _send_patched(self, message: proto.Patched) -> None:
+        try:
+            self.send(message)
+        except OSError:
+            pass  # no code to redirect any more, which is nothing to whoever patches
 
     # -- stacks -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 Model
     Starting the engine costs a quarter of a second of two processes' time, most of it imports. A machine that comes up
     gets this stand-in, which starts the real one soon after, or with the first module if that comes earlier. Nothing
-    but the standard library is imported until then.
+    but the standard library is imported until then. A module that comes after the death of the sandbox starts another
+    one. Where none can be started although the engine is installed, a real module is refused: it would seem to run.
 
 Locks
     Trio thread only.
@@ -11,6 +12,7 @@ Locks
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import time
@@ -52,38 +54,43 @@ def attach(machine: Machine, limits: Limits | None = None, *, settle: float = SE
 
 
 class LazyEngine:
-    """See the module's docstring. *cpu* is the engine once it runs."""
+    """See the module's docstring. *cpu* is the engine once it runs; another one takes its place when it died."""
 
     def __init__(self, machine: Machine, limits: Limits | None = None) -> None:
         self._machine = machine
         self._limits = limits
         self.cpu: Cpu | None = None
-        self._failed = False
 
-    def start(self) -> Cpu | None:
-        """Start now; None where it cannot run (the reason is logged once)."""
-        if self.cpu is None and not self._failed:
+    def start(self) -> Cpu:
+        """The engine, started now if there is none that is alive. Raises OSError where it cannot run."""
+        if self.cpu is not None:
+            self.cpu.process.drain(0)  # has it died, and nobody noticed?
+        if self.cpu is None or not self.cpu.alive:
             from klpfs.cpu.host import Cpu
 
-            try:
-                self.cpu = Cpu(self._machine, self._limits)
-            except OSError as error:
-                self._failed = True
-                log.warning("module code cannot be executed: %s", error)
+            self.cpu = Cpu(self._machine, self._limits, self.cpu)
         return self.cpu
 
     async def settle(self, seconds: float) -> None:
         """Start after *seconds* of real time, whatever the machine's clock does."""
         await trio.to_thread.run_sync(time.sleep, seconds, abandon_on_cancel=True)
-        self.start()
+        if self.cpu is None:
+            try:
+                self.start()
+            except OSError as error:
+                log.warning("module code cannot be executed: %s", error)
 
     async def code(self, machine: Machine, elf: ElfModule) -> ElfCode:
-        """What runs the module *elf* (see :class:`klpfs.machine.Engine`)."""
-        cpu = self.start()
-        if cpu is None:
-            from klpfs.loader import MetadataCode
-
-            return MetadataCode(machine, elf)
+        """What runs the module *elf* (see :class:`klpfs.machine.Engine`). Raises OSError(ENOMEM), with the reason in
+        the log, where no sandbox can be started."""
+        try:
+            cpu = self.start()
+            reason = "" if await cpu.started() else f"its sandbox did not start: {cpu.death}"
+        except OSError as error:
+            reason = f"no sandbox can be started: {error}"
+        if reason:
+            machine.printk.logger("klpfs: ").err(f"{elf.name}: cannot be executed: {reason}")
+            raise OSError(errno.ENOMEM, f"{elf.name}: {reason}")
         return await cpu.code(machine, elf)
 
     async def aclose(self) -> None:

@@ -70,6 +70,10 @@ class ModuleCode(Protocol):
 
     executes: bool
 
+    @property
+    def dead(self) -> bool:
+        """Whether what ran it is gone, so that none of its functions can be called any more."""
+
     async def load(self, mod: Module) -> None:
         """Place and relocate the module. Raises OSError(ENOEXEC)."""
 
@@ -579,6 +583,9 @@ class Modules:
             raise OSError(errno.EWOULDBLOCK, f"{name} is used by {', '.join(m.name for m in mod.holders)}")
         if mod.state != "live":
             raise OSError(errno.EBUSY, f"{name} is {mod.state}")
+        if mod.code.dead and (forced or not mod.refcnt):
+            # what it entered into the kernel's lists can only be taken out by its exit function
+            raise OSError(errno.EBUSY, f"{name}: its code is gone with the sandbox that ran it")
         if mod.image.has_init and not mod.image.has_exit:
             if not forced:
                 raise OSError(errno.EBUSY, f"{name} has no exit function")

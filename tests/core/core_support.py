@@ -23,6 +23,7 @@ class Bare:
     """The code of a module made in Python: it does nothing, and notes the klp relocations asked of it."""
 
     executes = False
+    dead = False
 
     def __init__(self) -> None:
         self.relocs: list[tuple[str, str | None]] = []
