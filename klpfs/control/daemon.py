@@ -23,6 +23,7 @@ import msgspec
 from klpfs import __version__
 from klpfs.control import prefork, runtime
 from klpfs.control.text import from_json, to_json
+from klpfs.limits import raise_limits
 
 if TYPE_CHECKING:
     from klpfs.kernel.kallsyms import SymbolTable
@@ -80,6 +81,7 @@ def serve_mount(config: MountConfig, report: Callable[[Report], None]) -> int:
 
     What is logged goes to the log file, or to standard error in the foreground.
     """
+    raise_limits()
     try:
         directory = runtime.make_runtime_dir()
         name = runtime.new_name(os.getpid())

@@ -25,6 +25,7 @@ import struct
 import sys
 from typing import TYPE_CHECKING
 
+from klpfs.limits import raise_limits
 from klpfs.world.options import EXIT_FAILED, Options
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class _LogFile:
 
 def main(options: Options, to_front: socket.socket, to_init: socket.socket, signals: Signals) -> int:
     """The process's main function; the exit status."""
+    raise_limits()
     log_fd, failure = -1, None
     if options.log is not None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -40,6 +41,19 @@ def test_mount_returns_when_the_mount_can_be_read(cli: Cli) -> None:
         with cli.mounted(name=name) as m:
             assert sorted(os.listdir(m.path)) == ["dev", "proc", "sys"]
             assert os.listdir(m.klp) == []
+
+
+def test_the_daemon_raises_its_limits(cli: Cli) -> None:
+    limits = {which: resource.getrlimit(which) for which in (resource.RLIMIT_CPU, resource.RLIMIT_AS)}
+    try:
+        for which, (_, hard) in limits.items():
+            resource.setrlimit(which, (1 << 32, hard))  # inherited by the command, and so by the daemon
+        with cli.mounted() as m:
+            for which, (_, hard) in limits.items():
+                assert resource.prlimit(m.pid, which)[0] == hard
+    finally:
+        for which, limit in limits.items():
+            resource.setrlimit(which, limit)
 
 
 def test_the_daemon_lets_go_of_the_caller(cli: Cli) -> None:
