@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from klpfs.cpu import layout as L
 from klpfs.cpu.layout import AREAS, U64
 from klpfs.cpu.proto import Report, TaskInfo
-from klpfs.kernel.kernel import call_trace, stack_info
+from klpfs.kernel.kernel import KernelOops, call_trace, stack_info
 
 __all__ = ["ModuleOops", "OopsContext", "oops_lines", "warn_lines"]
 
@@ -31,11 +31,16 @@ KERN_ALERT, KERN_CRIT, KERN_WARNING, KERN_DEFAULT, KERN_EMERG = 1, 2, 4, -1, 0
 Line = tuple[int, str]
 
 
-class ModuleOops(OSError):
+_LIMITS = ("missing", "hung", "budget")
+"""Kinds of reports that are not about what the kernel would have stumbled over."""
+
+
+class ModuleOops(KernelOops):
     """Module code crashed; the log has the report. *errno* is EFAULT, *summary* says what happened."""
 
     def __init__(self, number: int, summary: str, report: Report) -> None:
-        super().__init__(number, summary)
+        missing = report.kind in _LIMITS or (report.kind == "page_fault" and _missing_data(report.addr & U64))
+        super().__init__(number, summary, ends_task=not missing)
         self.summary = summary
         self.report = report
 
@@ -123,6 +128,12 @@ def _page_fault(report: Report) -> list[Line]:
     return lines
 
 
+def _missing_data(addr: int) -> bool:
+    """Whether a variable of the kernel stands at *addr* which is not emulated."""
+    text, data = AREAS["text"], AREAS["data"]
+    return text.base <= addr < 0xFFFFFFFFA0000000 and not data.base <= addr < data.end
+
+
 def _canonical(addr: int) -> bool:
     return addr >> 47 in (0, 0x1FFFF)
 
@@ -137,8 +148,7 @@ def _head(report: Report, ctx: OopsContext) -> tuple[list[Line], str]:
             return [(KERN_DEFAULT, f"Oops: {why}: 0000")], f"{where}: {why}"
         case "page_fault":
             lines = _page_fault(report)
-            text_area, data = AREAS["text"], 0xFFFFFFFFA0000000
-            if text_area.base <= addr < data and not AREAS["data"].base <= addr < AREAS["data"].end:
+            if _missing_data(addr):
                 lines.insert(0, (KERN_ALERT, f"{report.module}: {where} needs kernel data {ctx.symbol(addr)}"))
             return lines, f"{where}: bad {report.access or 'read'} at {addr:#x}"
         case "stack":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from klpfs.kernel.printk import Printk
     from klpfs.kernfs import Kernfs
 
-__all__ = ["TAINT_LETTERS", "Kernel", "call_trace", "stack_info"]
+__all__ = ["TAINT_LETTERS", "Kernel", "KernelOops", "call_trace", "stack_info"]
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,15 @@ def stack_info(pid: int, comm: str, tainted: int, release: str, *, uid: int = 0)
 def call_trace(frames: Iterable[str]) -> list[str]:
     """``show_trace_log_lvl``: the lines around and with *frames*, innermost first."""
     return ["Call Trace:", " <TASK>", *(f" {frame}" for frame in frames), " </TASK>"]
+
+
+class KernelOops(OSError):
+    """Code crashed in kernel mode. *ends_task*: the kernel would have ended the task that ran it (``make_task_dead``);
+    not where the code only wanted something that is not emulated, or took longer than it may here."""
+
+    def __init__(self, number: int, summary: str, *, ends_task: bool) -> None:
+        super().__init__(number, summary)
+        self.ends_task = ends_task
 
 
 @dataclass(eq=False)

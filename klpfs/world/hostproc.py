@@ -14,6 +14,7 @@ Source
 from __future__ import annotations
 
 import os
+import signal
 from typing import Final, NamedTuple
 
 __all__ = ["CAP_SYSLOG", "CAP_SYS_MODULE", "HostProc", "Stat"]
@@ -115,6 +116,14 @@ class HostProc:
             return self.read(f"{path}/syscall").decode("ascii", "replace").strip()
         except PermissionError:
             return ""
+
+    def kill(self, tid: int) -> None:
+        """End the process of *tid* with SIGKILL. Raises OSError(EPERM) where the daemon may not."""
+        fd = os.open(str(tid), _O_RDONLY | os.O_DIRECTORY, dir_fd=self.fd)  # serves as a pidfd
+        try:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        finally:
+            os.close(fd)
 
     def capable(self, tid: int, cap: int) -> bool:
         """Whether *tid* has capability *cap* with respect to the world.

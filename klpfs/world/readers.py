@@ -15,6 +15,7 @@ Source
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -103,14 +104,24 @@ class Readers:
                 continue
         return found
 
+    def kill(self, tid: int, ino: int) -> None:
+        """End *tid*, which opened inode *ino*, if it is in a system call on it; somebody else may have the file."""
+        with contextlib.suppress(OSError):
+            if int(self._file(tid).get(b"ino", b"0")) == ino:
+                self._proc.kill(tid)
+
     def _reads(self, tid: int, entry: _Blocked) -> bool:
         """Whether *tid* waits in a system call whose first argument is a descriptor of the file, at that offset."""
+        values = self._file(tid)
+        return int(values.get(b"ino", b"0")) == entry.ino and int(values.get(b"pos", b"-1")) == entry.offset
+
+    def _file(self, tid: int) -> dict[bytes, bytes]:
+        """What fdinfo says of the descriptor that is the first argument of *tid*'s system call; nothing if none is."""
         try:
             fields = self._proc.syscall(str(tid)).split()
             if len(fields) < 2 or fields[0] == "-1":
-                return False
+                return {}
             info = self._proc.read(f"{tid}/fdinfo/{int(fields[1], 16)}")
         except (OSError, ValueError):
-            return False
-        values = dict(line.split(b":\t", 1) for line in info.splitlines() if b":\t" in line)
-        return int(values.get(b"ino", b"0")) == entry.ino and int(values.get(b"pos", b"-1")) == entry.offset
+            return {}
+        return dict(line.split(b":\t", 1) for line in info.splitlines() if b":\t" in line)

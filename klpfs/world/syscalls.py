@@ -7,6 +7,9 @@ Model
     file, whose server is not told of seeks: the offset of the open file is set to a number by which it can tell.
     Concurrent ``finit_module`` of one file is one load, and all callers get its result.
 
+    Whoever runs code that crashes is killed, as by ``make_task_dead``: with SIGKILL whatever the trap was, since a
+    SIGSEGV, which the kernel takes for most, could leave a core dump with the host.
+
     System calls named by ``--trap`` go to the host as long as nobody replaces the function behind them.
 
 Locks
@@ -31,12 +34,15 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from klpfs.kernel.kernel import KernelOops
 from klpfs.kernel.kmsg import Syslog, seek_offset
 from klpfs.world import sysapi
 from klpfs.world.bpf import AUDIT_ARCH_I386, SEEK_HOLE
 from klpfs.world.hostproc import CAP_SYS_MODULE, CAP_SYSLOG
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from klpfs.drivers.common import Interrupts
     from klpfs.kernel.sched import Task
     from klpfs.machine import Machine
@@ -191,10 +197,22 @@ class Syscalls:
         except OSError:
             return False
 
+    @contextlib.contextmanager
+    def _on_behalf(self, call: Call, tid: int) -> Iterator[None]:
+        """The caller is in the kernel; if that crashes, the caller ends."""
+        try:
+            with self.tasks.in_kernel(self.tasks.ensure(tid)):
+                yield
+        except KernelOops as oops:
+            if oops.ends_task and call.valid():
+                with contextlib.suppress(OSError):
+                    self.proc.kill(tid)  # it comes before the answer takes effect
+            raise
+
     # -- modules ------------------------------------------------------------------------------------------------------
 
     async def _load(self, call: Call, tid: int, data: bytes, args: bytes, flags: int) -> None:
-        with self.tasks.in_kernel(self.tasks.ensure(tid)):
+        with self._on_behalf(call, tid):
             await self.machine.init_module(data, args.decode("utf-8", "surrogateescape"), flags=flags)
         call.answer(0)
 
@@ -251,7 +269,7 @@ class Syscalls:
         name = call.read_string(call.args[0], MODULE_NAME_LEN)
         if not name or len(name) >= MODULE_NAME_LEN:
             raise _fail(errno.ENOENT)
-        with self.tasks.in_kernel(self.tasks.ensure(tid)):
+        with self._on_behalf(call, tid):
             await self.machine.delete_module(name.decode("utf-8", "surrogateescape"), call.int_arg(1))
         call.answer(0)
 
@@ -441,14 +459,15 @@ class Syscalls:
         """Run the function that the caller's patch state selects."""
         machine = self.machine
         address = self._addresses[call.name]
-        task = self.tasks.ensure(self.tid(call))
+        tid = self.tid(call)
+        task = self.tasks.ensure(tid)
         target = machine.ftrace.enter(address, task)
         where = machine.kallsyms.lookup(target) if target != address else None
         mod = machine.modules.find_module(where.modname) if where is not None and where.modname else None
         if mod is None:
             call.proceed()
             return
-        with self.tasks.in_kernel(task):
+        with self._on_behalf(call, tid):
             result = await mod.code.call(target, [0], task)
         # a C function of type long: what lies in [-4095, -1] is an errno
         result &= (1 << 64) - 1

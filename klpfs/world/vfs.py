@@ -13,12 +13,16 @@ Source
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from klpfs.kernel.kernel import KernelOops
 from klpfs.kernfs.vfs import Vfs
 
 if TYPE_CHECKING:
     from klpfs.kernfs import Kernfs
+    from klpfs.kernfs.files import OpenFile
     from klpfs.world.readers import Readers
     from klpfs.world.tasks import WorldTasks
 
@@ -35,18 +39,30 @@ class WorldVfs(Vfs):
 
     async def read(self, fh: int, size: int, offset: int) -> bytes:
         file = self.file(fh)
-        if file.ops.is_stream:
-            read = super().read
-            if file.nonblock:
-                return await read(fh, size, offset)
-            ino = self.ino(file.node)
-            return await self._readers.guard(file.caller.pid, ino, offset, lambda: read(fh, size, offset))
-        with self._tasks.in_kernel(self._tasks.ensure(file.caller.pid)):
-            return await super().read(fh, size, offset)
+        with self._on_behalf(file):
+            if file.ops.is_stream:
+                read = super().read
+                if file.nonblock:
+                    return await read(fh, size, offset)
+                ino = self.ino(file.node)
+                return await self._readers.guard(file.caller.pid, ino, offset, lambda: read(fh, size, offset))
+            with self._tasks.in_kernel(self._tasks.ensure(file.caller.pid)):
+                return await super().read(fh, size, offset)
 
     async def write(self, fh: int, data: bytes, offset: int) -> int:
         file = self.file(fh)
-        if file.ops.is_stream:
-            return await super().write(fh, data, offset)
-        with self._tasks.in_kernel(self._tasks.ensure(file.caller.pid)):
-            return await super().write(fh, data, offset)
+        with self._on_behalf(file):
+            if file.ops.is_stream:
+                return await super().write(fh, data, offset)
+            with self._tasks.in_kernel(self._tasks.ensure(file.caller.pid)):
+                return await super().write(fh, data, offset)
+
+    @contextmanager
+    def _on_behalf(self, file: OpenFile) -> Iterator[None]:
+        """Whoever reads or writes is in the kernel; if that crashes, it ends. It is known if it opened the file."""
+        try:
+            yield
+        except KernelOops as oops:
+            if oops.ends_task:
+                self._readers.kill(file.caller.pid, self.ino(file.node))
+            raise
