@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,6 +67,8 @@ class Machine:
         self.kernfs = Kernfs(self.lockdep)
         self.dev_alias = ""
         """Another directory for the nodes of devices, where nobody sees ``dev/`` of the tree."""
+        self.dev_node: Callable[[str, bool], Awaitable[str]] | None = None
+        """Makes a device's node, which is in that directory, appear in the real /dev, or go; why not."""
         self.sched = Sched(self.clock.now, cpus=cpus)
         self.printk = Printk(self.clock.now)
         self.dynamic_debug = DynamicDebug(self.printk, tid=self._current_tid)

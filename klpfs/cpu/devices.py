@@ -5,9 +5,9 @@ Model
     with a number gets a node ``dev/<name>``, as devtmpfs does it. Whoever opens the node reaches the cdev that covers
     the number then: ENXIO without one. A ``struct device`` has a kobject at its beginning, so attributes work on it.
 
-    The node is a file, not a device, and a world does not have it in /dev but where a line in the log says. Everything
-    but open, read, write and release stays with FUSE, so there is no ioctl, no mmap and no poll. The file is opened in
-    the module anew for each read or write.
+    The node is a file, not a device; in a world, /dev has a link to it. Everything but open, read, write and release
+    stays with FUSE, so there is no ioctl, no mmap and no poll. The file is opened in the module anew for each read or
+    write.
 
 Locks
     None of its own.
@@ -168,10 +168,16 @@ class Devices:
             directory = fs.make_path(where)
             if directory.get(last) is None:
                 made.append(fs.create_file(directory, last, self.files.device(lambda: self._open(dev)), mode))
-        if alias and made:
-            text = f"klpfs: /dev/{name} of the emulated kernel is /{alias}/{name} here: a file, without ioctl"
-            self.machine.printk.logger("").info(text)
         return made
+
+    async def _announce(self, device: _Device) -> None:
+        """Let the node be seen where programs look for it."""
+        machine, name = self.machine, device.name.replace("!", "/")
+        if not device.nodes or machine.dev_node is None:
+            return
+        where, why = f"/{machine.dev_alias}/{name}", await machine.dev_node(name, True)
+        text = f"/dev/{name} is a link to a file here, without ioctl" if not why else f"/dev/{name} is {where} ({why})"
+        machine.printk.logger("klpfs: ").info(text)
 
     def _open(self, dev: int) -> tuple[int, int, int, int]:
         """Operations, number, cdev and private data of the device *dev*. Raises OSError(ENXIO)."""
@@ -213,6 +219,8 @@ class Devices:
     async def _remove(self, device: _Device) -> None:
         self._devices.remove(device)
         self.files.disown(device.addr)
+        if device.nodes and self.machine.dev_node is not None:
+            await self.machine.dev_node(device.name.replace("!", "/"), False)
         for node in (*device.nodes, device.link):
             if node is not None:
                 await self.machine.kernfs.remove(node)
@@ -231,6 +239,7 @@ class Devices:
         if cls not in self._classes:
             raise OSError(errno.ENODEV, "no such class")
         device = self._add(cls, dev, data, name.decode("utf-8", "replace"), 0o600)
+        await self._announce(device)
         await self._groups(thread, device.addr, groups)
         return device.addr
 
@@ -263,6 +272,7 @@ class Devices:
             raise OSError(errno.EBUSY, f"minor {minor}")
         dev = MISC_MAJOR << MINOR_BITS | minor
         device = self._add(self._class_of_misc(), dev, addr, name.decode("utf-8", "replace"), mode or 0o600)
+        await self._announce(device)
         await self._groups(thread, device.addr, groups)
         self._misc[addr] = cdev = _Cdev(0, fops, dev, 1, private=addr)
         self._cdevs.insert(0, cdev)

@@ -293,6 +293,32 @@ class _Daemon:
                     setattr(node.ops, "show", lambda caller, path=path: proc.read(path))  # noqa: B010
         machine.kmsg.size = 0  # as the device has; the supervisor sees seeks from the end
 
+    @staticmethod
+    def _devices(machine: Machine, fd: int) -> None:
+        """Let pid 1 make the nodes of devices in /dev; *fd* is the socket on which it waits for that."""
+        import trio
+
+        sock, turn = socket.socket(fileno=fd), trio.Lock()
+        sock.setblocking(False)
+        os.set_inheritable(fd, False)
+
+        async def ask(request: bytes) -> str:
+            async with turn:
+                try:
+                    sock.send(request, socket.MSG_NOSIGNAL)
+                    await trio.lowlevel.wait_readable(sock)
+                    return sock.recv(4096).decode("utf-8", "replace").strip("\0")
+                except OSError as err:
+                    return str(err.strerror)
+
+        async def dev_node(name: str, there: bool) -> str:
+            answer = ""
+            with trio.CancelScope(shield=True):  # an answer must not be left to whoever asks next
+                answer = await ask((b"+" if there else b"-") + name.encode("utf-8", "surrogateescape"))
+            return answer
+
+        machine.dev_node = dev_node
+
     # -- what pid 1 sends ---------------------------------------------------------------------------------------------
 
     async def _serve(self, machine: Machine, nursery: object) -> None:
@@ -307,6 +333,7 @@ class _Daemon:
             if message == b"F":
                 self.init_pid = sender
                 self._proc(machine, fds[1])
+                self._devices(machine, fds[2])
                 await self._start_fuse(machine, nursery, fds[0])
             elif message == b"R":
                 self.to_init.send(self.kernel.release.encode())

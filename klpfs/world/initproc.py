@@ -6,8 +6,9 @@ Model
     command's end it ends itself, and the kernel ends all that is left in the namespace.
 
     Messages are single datagrams: to the front ``E`` text of a failure, ``B`` the command begins, ``X`` wait status of
-    the command, ``T`` it stopped; to the daemon descriptors with ``F`` (the FUSE device and the procfs), ``R`` (the
-    private tmpfs), ``L`` (the seccomp listener), and ``C`` (the command goes on, so wake the front).
+    the command, ``T`` it stopped; to the daemon descriptors with ``F`` (the FUSE device, the procfs, and a socket),
+    ``R`` (the private tmpfs), ``L`` (the seccomp listener), and ``C`` (the command goes on, so wake the front). On that
+    socket the daemon asks for nodes in /dev, and is answered.
 
 Locks
     One thread. It must not touch the FUSE tree once the command runs: a hung daemon would make it unkillable.
@@ -28,7 +29,7 @@ import socket
 from klpfs.world import bpf, sysapi
 from klpfs.world.front import Signals, complain, shortage
 from klpfs.world.libmodules import set_up as set_up_modules
-from klpfs.world.mounts import HIDDEN, WorldError, mount_fuse, mount_proc, place_tree
+from klpfs.world.mounts import HIDDEN, DevDir, WorldError, mount_fuse, mount_proc, place_tree
 from klpfs.world.options import EXIT_CANNOT_EXECUTE, EXIT_FAILED, EXIT_NOT_FOUND, Options
 
 __all__ = ["main"]
@@ -134,8 +135,11 @@ def _launch(
 class _Init:
     """The loop of pid 1."""
 
-    def __init__(self, command: int, to_front: socket.socket, to_daemon: socket.socket) -> None:
+    def __init__(
+        self, command: int, to_front: socket.socket, to_daemon: socket.socket, requests: socket.socket, dev: DevDir
+    ) -> None:
         self.command = command
+        self.requests, self.dev = requests, dev
         self.to_front, self.to_daemon = to_front, to_daemon
 
     def _tell(self, sock: socket.socket, message: bytes) -> None:
@@ -168,6 +172,7 @@ class _Init:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         poll.register(self.to_front, select.POLLIN)
+        poll.register(self.requests, select.POLLIN)
         while True:
             for ready, _events in poll.poll():
                 if ready == fd:
@@ -175,6 +180,13 @@ class _Init:
                     status = self._reap()
                     if status is not None:
                         return status
+                    continue
+                if ready == self.requests.fileno():
+                    request = self.requests.recv(4096)
+                    if request:
+                        self._tell(self.requests, self.dev.handle(request) or b"\0")
+                    else:
+                        poll.unregister(self.requests)  # the daemon is gone, and the front about to end this process
                     continue
                 message = self.to_front.recv(64)
                 if not message:
@@ -201,9 +213,11 @@ def main(options: Options, to_front: socket.socket, to_daemon: socket.socket, si
         sysapi.mount("none", "/", None, sysapi.MS_REC | sysapi.MS_SLAVE)
         proc = mount_proc()
         fuse = mount_fuse()
-        _send_fds(to_daemon, b"F", [fuse, proc])
+        requests, daemon_requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _send_fds(to_daemon, b"F", [fuse, proc, daemon_requests.fileno()])
         os.close(fuse)
-        place_tree(report=lambda run: _send_fds(to_daemon, b"R", [run]))
+        daemon_requests.close()
+        stage = place_tree(report=lambda run: _send_fds(to_daemon, b"R", [run]))
         release = _receive(to_daemon).decode()
         set_up_modules(release, options.modules)
         _reserve_pids(proc)
@@ -227,12 +241,12 @@ def main(options: Options, to_front: socket.socket, to_daemon: socket.socket, si
     for fd in (0, 1):
         os.dup2(null, fd)
     # whatever klpfs was started with belongs to the command alone
-    keep = sorted({to_front.fileno(), to_daemon.fileno()})
+    keep = sorted({to_front.fileno(), to_daemon.fileno(), requests.fileno(), stage})
     low = 3
     for fd in [*keep, os.sysconf("SC_OPEN_MAX")]:
         os.closerange(low, fd)
         low = fd + 1
-    status = _Init(command, to_front, to_daemon).loop()
+    status = _Init(command, to_front, to_daemon, requests, DevDir(stage)).loop()
     to_front.send(b"X%d" % status, socket.MSG_NOSIGNAL)
     return 0
 

@@ -26,9 +26,18 @@ from collections.abc import Callable
 
 from klpfs.world import sysapi
 
-__all__ = ["HIDDEN", "WorldError", "bind_host_entries", "mount_fuse", "mount_proc", "overlay_dir", "place_tree"]
+__all__ = [
+    "HIDDEN",
+    "DevDir",
+    "WorldError",
+    "bind_host_entries",
+    "mount_fuse",
+    "mount_proc",
+    "overlay_dir",
+    "place_tree",
+]
 
-#: The directory below /proc that is not listed: ``proc`` is a procfs, ``run`` a tmpfs.
+#: The directory below /proc that is not listed: ``proc`` is a procfs, ``run`` a tmpfs, ``dev`` has modules' devices.
 HIDDEN = ".klpfs"
 
 
@@ -106,6 +115,26 @@ def bind_host_entries(host: int, target: str) -> None:
             os.fchdir(host)
 
 
+def _entries(path: str) -> list[tuple[str, bool, bool]]:
+    """What is in a directory: name, whether it is a link, whether a directory. No file is looked at for that."""
+    with os.scandir(path) as entries:
+        return [(entry.name, entry.is_symlink(), entry.is_dir(follow_symlinks=False)) for entry in entries]
+
+
+def _refill(host: str, target: str, found: list[tuple[str, bool, bool]]) -> None:
+    """Bind or link what was *found* in the directory *host* into the empty directory *target*."""
+    for name, is_link, is_dir in found:
+        there = f"{target}/{name}"
+        if is_link:
+            os.symlink(os.readlink(f"{host}/{name}"), there)
+            continue
+        if is_dir:
+            os.mkdir(there)
+        else:
+            os.close(os.open(there, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        _try_bind(f"{host}/{name}", there)
+
+
 def overlay_dir(path: str, *, leave_out: frozenset[str] = frozenset(), mode: str = "755") -> None:
     """Replace the directory *path* by a tmpfs in which everything that was there is bound or linked again.
 
@@ -114,26 +143,89 @@ def overlay_dir(path: str, *, leave_out: frozenset[str] = frozenset(), mode: str
     host = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with os.scandir(path) as entries:
-            found = [(e.name, e.stat(follow_symlinks=False)) for e in entries]
+        found = [entry for entry in _entries(path) if entry[0] not in leave_out]
         sysapi.mount("klpfs", path, "tmpfs", sysapi.MS_NOSUID | sysapi.MS_NODEV, f"mode={mode}")
         os.fchdir(host)
-        for name, st in found:
-            target = f"{path}/{name}"
-            if name in leave_out:
-                continue
-            if stat.S_ISLNK(st.st_mode):
-                os.symlink(os.readlink(name, dir_fd=host), target)
-            elif stat.S_ISDIR(st.st_mode):
-                os.mkdir(target)
-                _try_bind(f"./{name}", target)
-            else:
-                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-                _try_bind(f"./{name}", target)
+        _refill(".", path, found)
         os.fchdir(here)
     finally:
         os.close(host)
         os.close(here)
+
+
+class DevDir:
+    """The nodes of the emulated kernel's devices in /dev: links to files of the tree, made and removed at any time.
+
+    With the first one, a tmpfs takes the place of /dev in the world, with all that the host has there bound again. It
+    is prepared elsewhere, so that no process sees it half done: *stage* is a descriptor of a tmpfs. What the host's
+    kernel adds to its /dev later is not seen any more. Nothing here waits for the daemon.
+    """
+
+    def __init__(self, stage: int) -> None:
+        self._stage = stage
+        self._own: set[str] = set()
+        self._links: set[str] = set()
+
+    def handle(self, message: bytes) -> bytes:
+        """Do what the daemon asks for, ``+NAME`` or ``-NAME``; the reason why not, empty if it was done."""
+        name = message[1:].decode("utf-8", "surrogateescape")
+        here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if message[:1] == b"+":
+                self._add(name)
+            else:
+                self._remove(name)
+        except OSError as err:
+            return (err.strerror or str(err)).encode()
+        finally:
+            os.fchdir(here)
+            os.close(here)
+        return b""
+
+    def _add(self, name: str) -> None:
+        directories, last = name.split("/")[:-1], name.split("/")[-1]
+        if any(part in ("", ".", "..") for part in (*directories, last)):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        where = "/dev"
+        self._take_over(where)
+        for part in directories:
+            where = f"{where}/{part}"
+            try:
+                os.mkdir(where)
+                self._own.add(where)
+            except FileExistsError:
+                self._take_over(where)
+        os.symlink(f"/proc/{HIDDEN}/dev/{name}", f"{where}/{last}")
+        self._links.add(name)
+
+    def _take_over(self, path: str) -> None:
+        """Make *path* a directory of this class's own, so that nothing is created in the host's."""
+        if path in self._own:
+            return
+        os.fchdir(self._stage)
+        found = _entries(path)
+        os.mkdir("stage")
+        try:
+            sysapi.mount("klpfs", "stage", "tmpfs", sysapi.MS_NOSUID | sysapi.MS_NODEV, "mode=755")
+            try:
+                _refill(path, "stage", found)
+                sysapi.mount("stage", path, None, sysapi.MS_MOVE)
+            except OSError:
+                sysapi.umount("stage")
+                raise
+        finally:
+            os.rmdir("stage")
+        self._own.add(path)
+
+    def _remove(self, name: str) -> None:
+        if name not in self._links:
+            return
+        self._links.discard(name)
+        path = f"/dev/{name}"
+        os.unlink(path)
+        while (path := os.path.dirname(path)) != "/dev" and path in self._own and not os.path.ismount(path):
+            os.rmdir(path)
+            self._own.discard(path)
 
 
 def _bind_kmsg(source: str) -> None:
@@ -168,10 +260,10 @@ def _place_sysctls(host: str) -> None:
     os.close(emulated)
 
 
-def place_tree(*, report: Callable[[int], None]) -> None:
+def place_tree(*, report: Callable[[int], None]) -> int:
     """Bind the parts of the tree at /proc to where they belong.
 
-    *report* is given a descriptor (O_PATH) of the private tmpfs. Raises WorldError.
+    *report* is given a descriptor (O_PATH) of the private tmpfs, which is then returned. Raises WorldError.
     """
     try:
         os.listdir("/proc/sys/kernel")  # one READDIRPLUS instead of a LOOKUP for each name below
@@ -192,8 +284,8 @@ def place_tree(*, report: Callable[[int], None]) -> None:
         sysapi.mount("klpfs", f"{hidden}/run", "tmpfs", sysapi.MS_NOSUID | sysapi.MS_NODEV, "mode=755,size=1m")
         run = os.open(f"{hidden}/run", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         report(run)
-        os.close(run)
         _place_sysctls(f"{hidden}/proc/sys")
+        return run
     except OSError as err:
         if err.errno in (errno.ENOTCONN, errno.ECONNABORTED):
             raise WorldError("the daemon ended while the world was being made") from None

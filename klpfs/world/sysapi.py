@@ -26,9 +26,11 @@ MS_NODEV: Final = 0x4
 MS_NOEXEC: Final = 0x8
 MS_REMOUNT: Final = 0x20
 MS_BIND: Final = 0x1000
+MS_MOVE: Final = 0x2000
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 0x40000
 MS_SLAVE: Final = 0x80000
+MNT_DETACH: Final = 2
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_NAME: Final = 15
@@ -82,6 +84,11 @@ def mount(source: str, target: str, fstype: str | None, flags: int, data: str | 
 def bind(source: str, target: str) -> None:
     """A recursive bind mount. In a user namespace only a recursive one is allowed where mounts lie below."""
     mount(source, target, None, MS_BIND | MS_REC)
+
+
+def umount(target: str) -> None:
+    """``umount2(2)``: take a mount away, with what is mounted in it, at once."""
+    _check(_libc.umount2(os.fsencode(target), MNT_DETACH), target)
 
 
 def prctl(option: int, arg: int = 0) -> int:
