@@ -6,6 +6,7 @@ set -euo pipefail
 examples=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d "${TMPDIR:-/tmp}/klpfs-demo.XXXXXX")
 cd "$work"
+export PATH=$PATH:/usr/sbin:/sbin  # kmod is there, and not in every user's PATH
 export XDG_RUNTIME_DIR=$work/run LC_ALL=C.UTF-8  # a registry of its own: other mounts do not matter
 mkdir -m 700 run
 

@@ -350,7 +350,9 @@ class _Daemon:
     def _receive(self) -> tuple[bytes, list[int], int]:
         """One message of pid 1: its text, descriptors, and the sender's pid as it is known here."""
         room = socket.CMSG_SPACE(4 * 8) + socket.CMSG_SPACE(_UCRED.size)
-        message, ancillary, _flags, _address = self.to_init.recvmsg(64, room)
+        message, ancillary, flags, _address = self.to_init.recvmsg(64, room)
+        if flags & socket.MSG_CTRUNC:  # the room suffices, so it is the number of descriptors that does not
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         fds = array.array("i")
         sender = 0
         for _level, kind, data in ancillary:
